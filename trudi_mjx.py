@@ -1,0 +1,800 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["flax>=0.12", "imageio-ffmpeg>=0.5", "jax>=0.10", "mediapy>=1.2", "optax>=0.2.5", "playground>=0.2.0",
+#                 "orbax-checkpoint>=0.11.20", "tensorboardx>=2.6.2", "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
+# ///
+"""Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on MuJoCo Playground, in one file.
+
+    python trudi_mjx.py --env-id G1JoystickRoughTerrain            # the paper's settings, for a GPU
+    python trudi_mjx.py --env-id CartpoleBalance --preset cpu      # a learning curve in minutes on two CPU cores
+
+Read it from top to bottom: it follows the data. `# Eq. 181` marks where an equation of the paper is computed; README.md has
+their table and the paper's errata (E1 ... E18). Axes: T steps of a rollout, E environments, B states of a batch, N denoising
+steps, A action dimensions, K seeds. Latent actions go from a^N, noise, to a^0; an axis of length N holds n = 1 ... N in order.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import json
+import logging
+import math
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections import namedtuple
+from importlib import metadata
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tensorboardX
+import tqdm
+import tyro
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+DMC = tuple(
+    "AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup CartpoleSwingupSparse "
+    "CheetahRun FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup ReacherEasy ReacherHard "
+    "WalkerRun WalkerStand WalkerWalk".split())
+HUMANOID = ("G1JoystickFlatTerrain", "G1JoystickRoughTerrain", "T1JoystickFlatTerrain", "T1JoystickRoughTerrain")
+SUITE = {"dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0), "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0)}  # Table 5
+PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
+    "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
+                  actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
+                  eval_interval=15, checkpoint_interval=15),
+    "cpu": dict(total_timesteps=2_000_000, num_envs=256, num_steps=32, num_epochs=4, minibatch_size=512, hidden_dim=64,
+                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=3e-4, num_eval_envs=32,
+                eval_interval=10, checkpoint_interval=10)}
+ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
+INITIAL_DUAL = 0.01  # alpha and lambda
+STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
+TIME_FEATURES = 32
+HL_GAUSS_SIGMA = 0.75  # in atom widths
+PRIOR_LOGITS = 40.0  # scale of the critic's last bias at the start, so that Q starts near 0
+POSE = ("qpos", "qvel", "mocap_pos", "mocap_quat", "xfrc_applied")  # what a renderer needs
+SCRIPT = pathlib.Path(__file__).stem
+
+# ------------------------------------------------------------------------------------------------------- arguments
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the task's suite."""
+
+    env_id: str = "CartpoleBalance"  # task of MuJoCo Playground
+    exp_name: str = "trudi_mjx"  # part of the run folder's name
+    seed: int = 1  # seed of the first run; run k has seed + k
+    num_seeds: int = 1  # independent runs trained side by side in this process
+    preset: Literal["paper", "cpu"] = "paper"  # sizes: the paper's Table 5, or small ones for two CPU cores
+    impl: Literal["jax", "warp"] | None = None  # simulator, MJX or MuJoCo Warp; default: warp on a GPU, jax elsewhere
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
+    num_devices: int = 1  # local devices over which the environments are sharded
+    log_dir: str = "runs"  # parent of the run folders
+    compilation_cache_dir: str = "~/.cache/trudi_jax"  # compiled programs are kept here between runs; empty: nowhere
+    total_timesteps: int | None = None  # environment steps of each run, over all its environments
+    num_envs: int | None = None  # parallel environments of each run
+    num_steps: int | None = None  # steps of each environment in a rollout
+    num_epochs: int | None = None  # passes over a rollout
+    minibatch_size: int | None = None  # states in a gradient step
+    gamma: float | None = None  # discount
+    td_lambda: float = 0.95  # lambda of the critic's lambda-returns
+    actor_learning_rate: float | None = None  # of Adam
+    critic_learning_rate: float | None = None  # of Adam
+    dual_learning_rate: float | None = None  # of Adam, for log alpha and log lambda
+    max_grad_norm: float = 0.5  # global-norm clip, of actor and critic apart
+    reset_states: Literal["fresh", "replayed"] = "fresh"  # episodes start from new states, or from the run's first ones
+    hidden_dim: int | None = None  # width of actor and critic
+    num_diffusion_steps: int = 8  # denoising steps N
+    prior_std: float = 2.5  # standard deviation of the noise a^N
+    learn_friction: bool = True  # learn the step sizes, one factor for each action dimension
+    trust_region_bound: float = 0.1  # epsilon: nats of trajectory KL that a state may move in an iteration
+    target_entropy_scale: float = 0.665  # the target is minus this for each action dimension, in nats
+    v_min: float | None = None  # lowest atom of the critic
+    v_max: float | None = None  # highest atom of the critic
+    num_atoms: int = 151  # atoms of the critic
+    eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"  # probability-flow ODE, a sample, or the best of K by Q
+    ode_score_scale: float = 1.0  # c of the ODE: 0.5 keeps the marginals, 1 is greedier
+    best_of_k: int = 10  # K of best-of-k
+    eval_interval: int | None = None  # iterations between evaluations; the last one is always followed by one
+    num_eval_envs: int | None = None  # episodes in an evaluation
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "trudi"  # its project
+    wandb_entity: str | None = None  # its team
+    checkpoint_interval: int | None = None  # iterations between checkpoints, likewise
+    resume: str | None = None  # run folder to continue, with its own arguments
+    evaluate: str | None = None  # run folder to evaluate, without training
+    capture_video: bool = False  # write an mp4 of one episode at each evaluation
+    batch_size: tyro.conf.Suppress[int] = 0  # environment steps in an iteration, computed
+    num_iterations: tyro.conf.Suppress[int] = 0  # computed; as in CleanRL, steps that do not fill one are left out
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+def flag(name: str) -> str:
+    """How an argument is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
+    if args.env_id not in DMC + HUMANOID:
+        near = difflib.get_close_matches(args.env_id, DMC + HUMANOID, 3, 0.4) or DMC[:3]
+        fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
+    try:
+        devices = jax.local_devices(backend=None if args.device == "auto" else args.device)
+    except RuntimeError as error:
+        fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
+    defaults = {**SUITE["dmc" if args.env_id in DMC else "humanoid"], **PRESET[args.preset]}
+    defaults["impl"] = "warp" if devices[0].platform == "gpu" else "jax"
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    size = args.num_envs * args.num_steps
+    args = dataclasses.replace(args, batch_size=size, num_iterations=args.total_timesteps // max(size, 1))
+    for holds, message in rules(args, len(devices), args.num_devices * jax.process_count()):
+        if not holds:
+            fail(message)
+    return args
+
+def rules(args: Args, devices: int, shards: int) -> list[tuple[bool, str]]:
+    """What must hold for resolved arguments, on a host of so many devices, and what to say if it does not."""
+    may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
+    numbers = {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k not in may_be_zero}
+    positive = [(v > 0 or isinstance(v, bool), f"{flag(k)} must be positive, not {v}") for k, v in numbers.items()]
+    divisible = [(numbers[k] % max(shards, 1) == 0, f"{flag(k)} {numbers[k]} does not divide over {shards} devices")
+                 for k in ("num_envs", "minibatch_size", "num_eval_envs")]
+    return positive + divisible + [
+        (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
+        (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
+        (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
+        (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
+        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
+         f"--num-envs x --num-steps = {args.batch_size}"),
+        (args.num_devices <= devices, f"--num-devices {args.num_devices}, but JAX finds {devices} here; on a CPU, "
+         f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more")]
+
+# ----------------------------------------------------------------------------------------------------- environment
+# What stays constant while training; compiled programs close over it. actor and critic are nnx's graph definitions.
+Agent = namedtuple("Agent", "args env time_limit mesh actor critic")
+# E environments: Playground's states, those that ended episodes continue from, steps towards the time-out, steps and
+# rewards since the last reset. Clock and length differ in the first episode only.
+EnvState = namedtuple("EnvState", "sim reset_to clock length total")
+# A rollout, leaves (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1)
+# under the policy that acted (N, A), the true next observation, and the episodes seen whole that ended here with their
+# returns and lengths.
+Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
+
+def make_env(args: Args) -> tuple[Any, int]:
+    """Load a Playground task; returns it and its time limit in steps. Exits with code 2 if its meshes can't be had."""
+    package = pathlib.Path(importlib.util.find_spec("mujoco_playground").origin).parent
+    meshes = package / "external_deps" / "mujoco_menagerie"
+    try:
+        if args.env_id in HUMANOID and not meshes.exists():  # Playground is slow to import, then clones: can it?
+            socket.create_connection(("github.com", 443), timeout=2).close()
+        registry = importlib.import_module("mujoco_playground").registry
+        env = registry.load(args.env_id, config_overrides={"impl": args.impl})
+    except (OSError, subprocess.CalledProcessError) as error:
+        fail(f"{args.env_id} needs meshes that cannot be downloaded ({error}); in advance, "
+             f"git clone https://github.com/google-deepmind/mujoco_menagerie and copy or link it to {meshes}")
+    return env, registry.get_default_config(args.env_id).episode_length
+
+def views(observation: Any) -> tuple[jax.Array, jax.Array]:
+    """What actor and critic see; tasks with privileged information keep it from the actor."""
+    return (observation["state"], observation["privileged_state"]) if isinstance(observation, dict) else (observation,) * 2
+
+def reset_sim(agent: Agent, key: jax.Array, num_envs: int) -> Any:
+    """Initial simulator states, leaves (num_envs, ...); each device computes its own, here and in `step_sim`."""
+    axis = PartitionSpec("env")
+    reset = jax.shard_map(jax.vmap(agent.env.reset), mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), reset(jax.random.split(key, num_envs)))
+
+def step_sim(agent: Agent, sim: Any, action: jax.Array) -> Any:
+    """Step every simulator with clipped actions (E, A)."""
+    axis = PartitionSpec("env")
+    step = jax.shard_map(jax.vmap(agent.env.step), mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), step(sim, action), sim)
+
+def env_reset(agent: Agent, key: jax.Array) -> EnvState:
+    """Start the training environments, their clocks spread over an episode so that time-outs do not coincide."""
+    sim_key, clock_key = jax.random.split(key)
+    sim, zeros = reset_sim(agent, sim_key, agent.args.num_envs), jnp.zeros(agent.args.num_envs)
+    clock = jax.random.randint(clock_key, zeros.shape, 0, agent.time_limit)
+    return EnvState(sim, sim, clock, zeros.astype(int), zeros)
+
+def env_step(agent: Agent, env: EnvState, action: jax.Array) -> tuple[EnvState, tuple]:
+    """Step, end and restart episodes; returns the new state and Transition's fields from reward on."""
+    sim = step_sim(agent, env.sim, action)
+    running = (sim, env.clock + 1, env.length + 1, env.total + sim.reward)
+    _, clock, length, total = running
+    terminated = sim.done > 0
+    truncated = (clock >= agent.time_limit) & ~terminated
+    done = terminated | truncated
+
+    def restart(initial: jax.Array, current: jax.Array) -> jax.Array:
+        if current.shape[:1] != done.shape:  # a buffer that MuJoCo Warp shares between environments
+            return current
+        return jnp.where(done.reshape(done.shape + (1,) * (current.ndim - 1)), initial, current)
+
+    initial = (env.reset_to, *jax.tree.map(jnp.zeros_like, running[1:]))
+    sim_now, *counters = jax.tree.map(restart, initial, running)
+    outcome = (sim.reward, terminated, truncated, sim.obs, (done & (length == clock), total, length))
+    return EnvState(sim_now, env.reset_to, *counters), outcome
+
+# ------------------------------------------------------------------------------------------ observation statistics
+Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
+
+def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
+    """Merge observations, leaves (T, E, .), into the moments: Welford's update for batches (Chan et al., 1979)."""
+    n, m = statistics.count, math.prod(jax.tree.leaves(observations)[0].shape[:2])
+
+    def merge(x: jax.Array, old: jax.Array) -> jax.Array:
+        delta = x.mean((0, 1)) - old[0]
+        variance = (n * old[1] + m * x.var((0, 1)) + delta**2 * n * m / (n + m)) / (n + m)
+        return jnp.stack([old[0] + delta * m / (n + m), variance])
+
+    return Statistics(n + m, jax.tree.map(merge, observations, statistics.moments))
+
+def normalize(statistics: Statistics, observation: Any) -> Any:
+    """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
+    return jax.tree.map(lambda x, s: jnp.clip((x - s[0]) / jnp.sqrt(s[1] + 1e-2), -10, 10), observation, statistics.moments)
+
+# -------------------------------------------------------------------------------------------------------- networks
+class Actor(nnx.Module):
+    """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
+
+    def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
+        self.num_steps, self.prior_std, self.learn_friction = args.num_diffusion_steps, args.prior_std, args.learn_friction
+        linear, width = functools.partial(nnx.Linear, rngs=rngs), args.hidden_dim
+        self.time_mlp = nnx.List([linear(TIME_FEATURES, TIME_FEATURES) for _ in range(2)])
+        self.input = linear(observation_size + action_size + TIME_FEATURES, width)
+        self.norms = nnx.List([nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs) for _ in range(3)])
+        self.hidden = nnx.List([linear(width, width) for _ in range(3)])
+        # Zero, so that the untrained policy is the prior's own process whatever it observes.
+        self.output = linear(width, action_size, kernel_init=nnx.initializers.zeros)
+        self.raw_friction = nnx.Param(jnp.full(action_size, math.log(math.e - 1)))  # softplus makes it 1
+
+    def step_sizes(self) -> jax.Array:
+        """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
+        n = jnp.arange(1, self.num_steps + 1)[:, None] / self.num_steps
+        cosine = jnp.cos(jnp.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
+        raw = self.raw_friction[...] if self.learn_friction else jax.lax.stop_gradient(self.raw_friction[...])
+        return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / nnx.softplus(raw)
+
+    def embed(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The parts of the first layer, which acts on concat(s, a, time), that do not change along a chain: (B, H) of the
+        state and (N, H) of the steps."""
+        n, half = jnp.arange(1, self.num_steps + 1)[:, None], TIME_FEATURES // 2
+        angle = n * 10000.0 ** (-jnp.arange(half) / half)
+        time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+        time = self.time_mlp[1](nnx.gelu(self.time_mlp[0](time)))
+        kernel = self.input.kernel[...]
+        return observation @ kernel[:observation.shape[-1]] + self.input.bias[...], time @ kernel[-TIME_FEATURES:]
+
+    def __call__(self, state: jax.Array, time: jax.Array, latent: jax.Array) -> jax.Array:
+        """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
+        kernel = self.input.kernel[-TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
+        x = state + time + latent @ kernel
+        for norm, hidden in zip(self.norms, self.hidden, strict=True):
+            x = x + nnx.gelu(hidden(norm(x)))
+        return self.output(x)
+
+class Critic(nnx.Module):
+    """Logits (B, atoms) of the distribution whose mean is Q(s, u)."""
+
+    def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
+        sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
+        self.hidden = nnx.List([nnx.Linear(size, width, rngs=rngs) for size in sizes])
+        self.norms = nnx.List([nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs) for _ in sizes])
+        self.output = nnx.Linear(width, args.num_atoms, rngs=rngs)
+        self.output.bias[...] = PRIOR_LOGITS * hl_gauss(args, jnp.zeros(()))
+
+    def __call__(self, observation: jax.Array, action: jax.Array) -> jax.Array:
+        x = jnp.concatenate([observation, action], -1)
+        for hidden, norm in zip(self.hidden, self.norms, strict=True):
+            x = nnx.silu(norm(hidden(x)))
+        return self.output(x)
+
+# ------------------------------------------------------------------------------------------------- diffusion chain
+# Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
+Chain = namedtuple("Chain", "action entropy_bound latents means")
+
+def normal_log_prob(x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+    """Log-density of a diagonal Gaussian, summed over the last axis."""
+    return -0.5 * jnp.sum((x - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance), -1)
+
+def tanh_log_det(x: jax.Array) -> jax.Array:
+    """Sum over the last axis of log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
+    return jnp.sum(2 * (jnp.log(2.0) - x - nnx.softplus(-2 * x)), -1)
+
+def sample_chain(actor: Actor, observation: jax.Array, noise: jax.Array, unroll: bool = False) -> Chain:
+    """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
+    state, time = actor.embed(observation)
+    variance = actor.prior_std**2
+
+    def denoise(latent: jax.Array, step: tuple) -> tuple[jax.Array, tuple]:
+        h, time_n, xi = step
+        mean = latent + h * (actor(state, time_n, latent) - latent / variance)  # Eq. 186, the discretised Eq. 5
+        sample = mean + jnp.sqrt(2 * h) * xi  # Eq. 31
+        noising = normal_log_prob(latent, sample - h * sample / variance, 2 * h)  # Eq. 6, the discretised Eq. 4
+        return sample, (noising - normal_log_prob(sample, mean, 2 * h), latent, mean)
+
+    first = actor.prior_std * noise[-1]
+    steps = (actor.step_sizes(), time, noise[:-1])
+    last, (log_ratios, latents, means) = jax.lax.scan(denoise, first, steps, reverse=True, unroll=unroll)
+    prior = normal_log_prob(first, 0.0, jnp.full(first.shape[-1], variance))
+    bound = log_ratios.sum(0) - prior + tanh_log_det(last)  # Eq. 117 (E1: the sign in Eq. 180)
+    return Chain(jnp.tanh(last), bound, jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
+
+def ode_action(actor: Actor, observation: jax.Array, noise: jax.Array, score_scale: float) -> jax.Array:
+    """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
+    state, time = actor.embed(observation)
+
+    def flow(latent: jax.Array, step: tuple) -> tuple[jax.Array, None]:
+        h, time_n = step
+        score = -latent / actor.prior_std**2 + actor(state, time_n, latent) / 2
+        return latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score), None  # Eq. 185 and 187
+
+    return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
+
+def trajectory_kl(actor: Actor, observation: jax.Array, latents: jax.Array, means: jax.Array, old_h: jax.Array) -> jax.Array:
+    """c(s), (B,): KL of the old policy's trajectories from the actor's, given old chains (B, N, A) and step sizes (N, A).
+
+    Each step's KL in closed form, all N in one batched network call; the prior's is 0 and tanh changes nothing. Its mean
+    over the old chains is Eq. 178's constraint, an upper bound on the KL of the actions (Eq. 135, 152).
+    """
+    state, time = actor.embed(observation)
+    h = actor.step_sizes()
+    new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
+    kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))  # Eq. 178
+    return kl.sum((-2, -1))
+
+# ---------------------------------------------------------------------------------------------- critic and targets
+def hl_gauss(args: Args, returns: jax.Array) -> jax.Array:
+    """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
+    width = (args.v_max - args.v_min) / (args.num_atoms - 1)
+    edges = jnp.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1)
+    centre = jnp.clip(returns, args.v_min, args.v_max)[..., None]
+    cdf = jax.scipy.special.ndtr((edges - centre) / (HL_GAUSS_SIGMA * width))
+    return jnp.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
+
+def q_value(args: Args, logits: jax.Array) -> jax.Array:
+    """Q (...) of the critic's logits (..., atoms)."""
+    return nnx.softmax(logits) @ jnp.linspace(args.v_min, args.v_max, args.num_atoms)
+
+def lambda_returns(args: Args, reward: jax.Array, terminated: jax.Array, truncated: jax.Array, value: jax.Array,
+                   bonus: jax.Array) -> jax.Array:
+    """Soft lambda-returns, everything (T, E); `value` is Q and `bonus` alpha l at the true next observations."""
+    bootstrap = truncated.at[-1].set(True)  # at a time-out and where the rollout ends
+
+    def step(later: jax.Array, now: tuple) -> tuple[jax.Array, jax.Array]:
+        reward, terminated, bootstrap, value, bonus = now
+        mixture = jnp.where(bootstrap, value, (1 - args.td_lambda) * value + args.td_lambda * later)
+        target = reward + args.gamma * (1 - terminated) * (bonus + mixture)  # Eq. 118, 179 (E2, E12)
+        return target, target
+
+    steps = (reward, terminated.astype(float), bootstrap, value, bonus)
+    return jax.lax.scan(step, jnp.zeros_like(reward[-1]), steps, reverse=True)[1]
+
+# ------------------------------------------------------------------------------------------------ losses, learning
+# All that learns: parameters of actor and critic, logarithms of the duals, and Adam's moments for the three.
+Learner = namedtuple("Learner", "actor critic duals actor_opt critic_opt dual_opt")
+# B states: normalised observations of both networks, and from the rollout actions, old chains and lambda-returns.
+Batch = namedtuple("Batch", "seen_by_actor seen_by_critic action latents means target")
+
+def optimizers(args: Args) -> list[optax.GradientTransformation]:
+    """Adam for actor, critic and duals; the first two clip their gradients' global norms."""
+    rates = (args.actor_learning_rate, args.critic_learning_rate)
+    clipped = [optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate)) for rate in rates]
+    return [*clipped, optax.adam(args.dual_learning_rate)]
+
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> jax.Array:
+    """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
+    logits = critic(batch.seen_by_critic, batch.action)
+    return optax.softmax_cross_entropy(logits, hl_gauss(args, batch.target)).mean()
+
+def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Batch, old_h: jax.Array, noise: jax.Array
+               ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
+    alpha, lambda_ = jnp.exp(duals["log_alpha"]), jnp.exp(duals["log_lambda"])
+    chain = sample_chain(actor, batch.seen_by_actor, noise, unroll=True)  # as a loop its gradient is 3x slower on a CPU
+    q = q_value(args, critic(batch.seen_by_critic, chain.action))
+    improve = -alpha * chain.entropy_bound - q  # Eq. 182: by Eq. 92, descending it descends Eq. 161
+    kl = trajectory_kl(actor, batch.seen_by_actor, batch.latents, batch.means, old_h)
+    loss = jnp.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
+    return loss.mean(), (chain.entropy_bound, kl)
+
+def dual_loss(duals: dict, args: Args, bound: jax.Array, kl: jax.Array, action_size: int) -> jax.Array:
+    """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
+    surplus = bound.mean() + args.target_entropy_scale * action_size
+    excess = kl.mean() - args.trust_region_bound
+    return jnp.exp(duals["log_alpha"]) * surplus - jnp.exp(duals["log_lambda"]) * excess  # Eq. 183, 184 (E4)
+
+def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: jax.Array, key: jax.Array
+                     ) -> tuple[Learner, dict[str, jax.Array]]:
+    """One gradient step each of critic, actor and duals."""
+    args, (actor_opt, critic_opt, dual_opt) = agent.args, optimizers(agent.args)
+    noise = jax.random.normal(key, (args.num_diffusion_steps + 1, *batch.action.shape))
+    value, gradient = jax.value_and_grad(lambda p: critic_loss(nnx.merge(agent.critic, p), args, batch))(learner.critic)
+    update, critic_state = critic_opt.update(gradient, learner.critic_opt)
+    critic = optax.apply_updates(learner.critic, update)
+
+    def objective(params: Any) -> tuple[jax.Array, tuple]:
+        networks = nnx.merge(agent.actor, params), nnx.merge(agent.critic, critic)
+        return actor_loss(networks[0], args, networks[1], learner.duals, batch, old_h, noise)
+
+    (loss, (bound, kl)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.actor)
+    update, actor_state = actor_opt.update(gradient, learner.actor_opt)
+    actor = optax.apply_updates(learner.actor, update)
+    gradient = jax.grad(dual_loss)(learner.duals, args, bound, kl, batch.action.shape[-1])
+    update, dual_state = dual_opt.update(gradient, learner.dual_opt)
+    duals = optax.apply_updates(learner.duals, update)
+    metrics = {"losses/critic": value, "losses/actor": loss, "entropy/bound": bound.mean(), "trust_region/kl": kl.mean(),
+               "trust_region/violated": (kl > args.trust_region_bound).mean()}
+    return Learner(actor, critic, duals, actor_state, critic_state, dual_state), metrics
+
+def learn(agent: Agent, learner: Learner, data: Batch, old_h: jax.Array, key: jax.Array
+          ) -> tuple[Learner, dict[str, jax.Array]]:
+    """All epochs of shuffled minibatches; metrics are means over the last epoch."""
+    args, sharding = agent.args, NamedSharding(agent.mesh, PartitionSpec("env"))
+
+    def minibatch(learner: Learner, step: tuple[jax.Array, jax.Array]) -> tuple[Learner, dict]:
+        batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[step[0]], sharding), data)
+        return update_minibatch(agent, learner, batch, old_h, step[1])
+
+    def epoch(learner: Learner, key: jax.Array) -> tuple[Learner, dict]:
+        order_key, noise_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, args.batch_size).reshape(-1, args.minibatch_size)
+        return jax.lax.scan(minibatch, learner, (order, jax.random.split(noise_key, len(order))))
+
+    learner, metrics = jax.lax.scan(epoch, learner, jax.random.split(key, args.num_epochs))
+    return learner, jax.tree.map(lambda x: x[-1].mean(), metrics)
+
+# ------------------------------------------------------------------------------------------------------- iteration
+TrainState = namedtuple("TrainState", "learner statistics env key iteration")  # everything that a checkpoint holds
+
+def init_state(agent: Agent, key: jax.Array) -> TrainState:
+    """Networks, duals, Adam, statistics and environments of one run, from its seed's key."""
+    actor_key, critic_key, env_key, key = jax.random.split(key, 4)
+    env = env_reset(agent, env_key)
+    one = jax.tree.map(lambda x: jnp.zeros_like(x[0]), env.sim.obs)
+    actor, critic = (nnx.state(kind(agent.args, view.size, agent.env.action_size, nnx.Rngs(k)))
+                     for kind, view, k in zip((Actor, Critic), views(one), (actor_key, critic_key), strict=True))
+    duals = {name: jnp.log(INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
+    moments = [o.init(p) for o, p in zip(optimizers(agent.args), (actor, critic, duals), strict=True)]
+    statistics = Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.size)), one))
+    return TrainState(Learner(actor, critic, duals, *moments), statistics, env, key, jnp.zeros((), int))
+
+def sample_policy(agent: Agent, actor: Actor, statistics: Statistics, observation: Any, key: jax.Array) -> tuple[Chain, Any]:
+    """Chains of the actor at raw observations, and the normalised views of both networks."""
+    seen = views(normalize(statistics, observation))
+    shape = (agent.args.num_diffusion_steps + 1, len(seen[0]), agent.env.action_size)
+    return sample_chain(actor, seen[0], jax.random.normal(key, shape)), seen
+
+def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, key: jax.Array
+            ) -> tuple[EnvState, Transition]:
+    """Act for T steps with samples of the policy, keeping their chains."""
+    def step(env: EnvState, key: jax.Array) -> tuple[EnvState, Transition]:
+        chain, _ = sample_policy(agent, actor, statistics, env.sim.obs, key)
+        action = jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT)
+        after, outcome = env_step(agent, env, action)
+        return after, Transition(env.sim.obs, action, chain.latents, chain.means, *outcome)
+
+    reset_key, key = jax.random.split(key)
+    if agent.args.reset_states == "fresh":  # new ones once a rollout: a reset in every step would double its cost
+        env = env._replace(reset_to=reset_sim(agent, reset_key, agent.args.num_envs))
+    return jax.lax.scan(step, env, jax.random.split(key, agent.args.num_steps))
+
+def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition, key: jax.Array) -> jax.Array:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
+    actor, critic = nnx.merge(agent.actor, learner.actor), nnx.merge(agent.critic, learner.critic)
+
+    def next_value(step: tuple) -> tuple[jax.Array, jax.Array]:
+        chain, seen = sample_policy(agent, actor, statistics, *step)
+        bonus = jnp.exp(learner.duals["log_alpha"]) * chain.entropy_bound
+        return q_value(agent.args, critic(seen[1], chain.action)), bonus
+
+    value, bonus = jax.lax.map(next_value, (data.next_observation, jax.random.split(key, agent.args.num_steps)))
+    return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, value, bonus)
+
+def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One iteration: rollout, targets, epochs of updates, observation statistics."""
+    args, old = agent.args, state.learner
+    rollout_key, target_key, learn_key, check_key, key = jax.random.split(state.key, 5)
+    actor = nnx.merge(agent.actor, old.actor)
+    env, data = rollout(agent, actor, state.statistics, state.env, rollout_key)
+    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout's chains stay right under
+    # the statistics it seeds. Later ones wait for the next rollout: the stored means belong to the present ones (E13).
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = jax.tree.map(lambda new, now: jnp.where(state.iteration == 0, new, now), merged, state.statistics)
+    target = critic_targets(agent, old, statistics, data, target_key)
+    batch = Batch(*views(normalize(statistics, data.observation)), data.action, data.latents, data.means, target)
+    batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
+    learner, metrics = learn(agent, old, batch, actor.step_sizes(), learn_key)
+    ended, total, length = data.episode
+    metrics |= trust_region(agent, actor, learner, batch, check_key) | {
+        "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).mean(), "critic/target": target.mean(),
+        "charts/episodes": ended.sum(), "charts/episodic_return": jnp.sum(total * ended) / jnp.maximum(ended.sum(), 1),
+        "charts/episodic_length": jnp.sum(length * ended) / jnp.maximum(ended.sum(), 1)}
+    return TrainState(learner, merged, env, key, state.iteration + 1), metrics
+
+def trust_region(agent: Agent, old: Actor, learner: Learner, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """Duals, and the KL of a whole iteration on one minibatch of states: on stored chains, and on fresh ones of no update."""
+    index = jax.random.choice(key, agent.args.batch_size, (agent.args.minibatch_size,), replace=False)
+    batch, new = jax.tree.map(lambda x: x[index], batch), nnx.merge(agent.actor, learner.actor)
+    noise = jax.random.normal(key, (agent.args.num_diffusion_steps + 1, *batch.action.shape))
+    fresh = sample_chain(old, batch.seen_by_actor, noise)
+    kl = [trajectory_kl(new, batch.seen_by_actor, x.latents, x.means, old.step_sizes()).mean() for x in (batch, fresh)]
+    duals = jax.tree.map(jnp.exp, learner.duals)
+    return {"trust_region/stored_kl": kl[0], "trust_region/fresh_kl": kl[1], "trust_region/lambda": duals["log_lambda"],
+            "entropy/alpha": duals["log_alpha"], "entropy/friction": nnx.softplus(new.raw_friction[...]).mean()}
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+def evaluation_action(agent: Agent, networks: tuple[Actor, Critic], statistics: Statistics, observation: Any, key: jax.Array
+                      ) -> jax.Array:
+    """Actions (B, A) at raw observations, as --eval-mode says."""
+    args, seen = agent.args, views(normalize(statistics, observation))
+    if args.eval_mode == "ode":
+        noise = jax.random.normal(key, (len(seen[0]), agent.env.action_size))
+        return ode_action(networks[0], seen[0], noise, args.ode_score_scale)
+    keys = jax.random.split(key, args.best_of_k if args.eval_mode == "best-of-k" else 1)
+    actions = jax.vmap(lambda k: sample_policy(agent, networks[0], statistics, observation, k)[0].action)(keys)
+    q = jax.vmap(lambda action: q_value(args, networks[1](seen[1], action)))(actions)
+    return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
+
+def evaluate(agent: Agent, learner: Learner, statistics: Statistics, key: jax.Array) -> tuple[dict, tuple]:
+    """Play a full episode in each of --num-eval-envs environments of its own; returns metrics and, for a video, the first
+    one's poses (T, ...) and whether its episode was still running (T,)."""
+    networks = nnx.merge(agent.actor, learner.actor), nnx.merge(agent.critic, learner.critic)
+    reset_key, key = jax.random.split(key)
+
+    def step(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
+        sim, alive, total, length = carry
+        action = evaluation_action(agent, networks, statistics, sim.obs, key)
+        sim = step_sim(agent, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
+        pose = [getattr(sim.data, name)[0] for name in POSE] if agent.args.capture_video else []
+        return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
+
+    zeros = jnp.zeros(agent.args.num_eval_envs)
+    start = (reset_sim(agent, reset_key, agent.args.num_eval_envs), zeros == 0, zeros, zeros)
+    (_, _, total, length), frames = jax.lax.scan(step, start, jax.random.split(key, agent.time_limit))
+    return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
+            "eval/episodic_length": length.mean()}, frames
+
+# -------------------------------------------------------------------------------------- run folder and checkpoints
+def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
+    """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "seconds": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+    return ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(), options=options, item_handlers=handlers)
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves if x.size}
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, seconds: dict[str, float]) -> None:
+    """Write the whole training state and the seconds spent."""
+    with checkpoints(run, max_to_keep=3) as manager:
+        manager.save(step, force=True, args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(named_leaves(state)), seconds=ocp.args.JsonSave(seconds)))
+
+def read_checkpoint(run: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The newest checkpoint's arrays by name, and the seconds spent; exits with code 2 if there is none to be read."""
+    try:
+        with checkpoints(run, read_only=True) as manager:
+            saved = manager.item_metadata(manager.latest_step())["state"].tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+            content = manager.restore(manager.latest_step(), args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(restore_args=as_numpy), seconds=ocp.args.JsonRestore()))
+            return content["state"], content["seconds"]
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        fail(f"no readable checkpoint in {run} ({type(error).__name__}: {error:.200}); give the folder of a run of this script")
+
+def fill_state(abstract: TrainState, arrays: dict[str, np.ndarray], shardings: TrainState) -> TrainState:
+    """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run's state."""
+    expected = {name: (x.shape, x.dtype) for name, x in named_leaves(abstract).items()}
+    found = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        fail(f"the checkpoint is not of this run: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+    content = iter([arrays[name] for name in expected])
+    return jax.device_put(jax.tree.map(lambda x: next(content) if x.size else np.zeros(x.shape, x.dtype), abstract), shardings)
+
+def check_renderer() -> None:
+    """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        mujoco = importlib.import_module("mujoco")
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
+    except Exception as error:  # each GL library has its own, some while mujoco is imported
+        fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
+
+def write_video(agent: Agent, path: pathlib.Path, poses: list[np.ndarray], alive: np.ndarray) -> None:
+    """Draw an episode, poses (T, ...) ordered as POSE, to an mp4 of at most 30 frames a second."""
+    mediapy = importlib.import_module("mediapy")
+    mediapy.set_ffmpeg(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
+    stride = math.ceil(1 / (30 * agent.env.dt))
+    data = [types.SimpleNamespace(**dict(zip(POSE, row, strict=True))) for row in zip(*poses, strict=True)]
+    states = [types.SimpleNamespace(data=x) for x in data[:int(alive.sum()):stride]]
+    path.parent.mkdir(exist_ok=True)
+    mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
+
+# ------------------------------------------------------------------------------------------------------------ main
+def parse() -> tuple[Args, dict[str, np.ndarray], dict[str, float]]:
+    """Resolved arguments and, with --resume or --evaluate, a checkpoint's arrays and the seconds spent on it."""
+    args = tyro.cli(Args)
+    run = args.resume or args.evaluate
+    if not run:
+        return resolve(args), {}, {"wall_time": 0.0, "compile": 0.0}
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        own = Args(**saved["args"]) if saved["script"] == SCRIPT else fail(f"{run} is a run of {saved['script']}.py")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+    args = tyro.cli(Args, default=own)
+    free = ("device num_devices compilation_cache_dir total_timesteps num_iterations eval_mode ode_score_scale best_of_k eval_interval track "
+            "num_eval_envs wandb_project_name wandb_entity checkpoint_interval resume evaluate capture_video").split()
+    changed = [name for name, value in vars(args).items() if name not in free and value != getattr(own, name)]
+    if changed:
+        fail(f"{flag(changed[0])} cannot change in a run that exists; it is {getattr(own, changed[0])}")
+    return resolve(args), *read_checkpoint(run)
+
+def make_agent(args: Args) -> Agent:
+    """Load the task, lay out the devices and describe the networks."""
+    env, time_limit = make_env(args)
+    devices = jax.devices(None if args.device == "auto" else args.device)
+    each = len(devices) // jax.process_count()
+    mesh = jax.sharding.Mesh([d for i, d in enumerate(devices) if i % each < args.num_devices], ("env",))
+    seen = views(jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs)
+    build = [functools.partial(kind, args, view.size, env.action_size) for kind, view in zip((Actor, Critic), seen, strict=True)]
+    return Agent(args, env, time_limit, mesh, *(nnx.graphdef(nnx.eval_shape(lambda b=b: b(nnx.Rngs(0)))) for b in build))
+
+def compile_programs(agent: Agent, keys: jax.Array) -> tuple[Any, Any, TrainState, TrainState, Any]:
+    """`iterate` and `evaluate`, compiled for all seeds at once, keys (K, 2); the state's shapes and shardings; `init_state`."""
+    whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
+    init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
+    abstract = jax.eval_shape(init, keys)
+    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, abstract.env)
+    shardings = jax.tree.map(lambda _: whole, abstract)._replace(env=env)
+    run = jax.jit(run, in_shardings=(shardings,), out_shardings=(shardings, whole), donate_argnums=0)
+    judge = jax.jit(judge, in_shardings=(whole, whole, whole), out_shardings=whole)
+    run = None if agent.args.evaluate else run.lower(abstract).compile()
+    judge = judge.lower(abstract.learner, abstract.statistics, keys).compile()
+    return run, judge, abstract, shardings, jax.jit(init, out_shardings=shardings)
+
+class Run:
+    """A run's folder: metrics.jsonl and TensorBoard events of every seed, the seconds spent, the signal that asks to stop."""
+
+    def __init__(self, args: Args, start: int, seconds: dict[str, float]):
+        now = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+        self.folder = pathlib.Path(args.resume or pathlib.Path(args.log_dir, name))
+        self.args, self.seconds, self.signal, self.writers = args, seconds, 0, []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+        if jax.process_index() == 0:
+            self.open(start * args.batch_size)
+        self.began = time.perf_counter() - seconds["wall_time"]
+        self.bar = tqdm.tqdm(total=args.num_iterations, initial=start, disable=not sys.stdout.isatty(), file=sys.stdout)
+
+    def open(self, step: int) -> None:
+        """Write args.json and open each seed's logs, to go on after this step."""
+        args, seeds = self.args, range(self.args.seed, self.args.seed + self.args.num_seeds)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
+        if args.track:
+            importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+                                                  name=self.folder.name, dir=str(self.folder), sync_tensorboard=True)
+        self.folders = [self.folder / f"seed_{seed}" for seed in seeds] if args.num_seeds > 1 else [self.folder]
+        self.writers = [tensorboardX.SummaryWriter(str(folder), purge_step=step + 1) for folder in self.folders]
+        for path in [folder / "metrics.jsonl" for folder in self.folders]:
+            # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.with_suffix(".tmp").write_text("".join(
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            path.with_suffix(".tmp").replace(path)
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Remember the signal, to checkpoint and stop after the iteration; a second one kills."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, iteration: int, metrics: dict[str, np.ndarray]) -> None:
+        """Write an iteration's metrics, each (K,), and with an evaluation a line for the reader."""
+        self.bar.update()
+        step, wall_time = iteration * self.args.batch_size, time.perf_counter() - self.began
+        self.seconds["wall_time"] = wall_time
+        for k, writer in enumerate(self.writers):
+            none_ended = not metrics["charts/episodes"][k]  # then the rollout has no mean return
+            values = {name: float(x[k]) for name, x in metrics.items()
+                      if not (none_ended and name.startswith("charts/episodic"))}
+            with (self.folders[k] / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+        if "eval/episodic_return" in metrics and self.writers:
+            returns = ", ".join(f"{x:.1f}" for x in metrics["eval/episodic_return"])
+            eta = wall_time / 60 / iteration * (self.args.num_iterations - iteration)
+            self.bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
+            sys.stdout.flush()
+
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
+    device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {os.cpu_count()} cores"
+    return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
+            "versions": {d.name: d.version for d in metadata.distributions()}}
+
+def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, folder: str | pathlib.Path) -> dict:
+    """Evaluate every seed with keys of its own, and write the first one's video if asked to."""
+    seeds = agent.args.seed + np.arange(agent.args.num_seeds)
+    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), iteration) for seed in seeds])
+    metrics, (poses, alive) = jax.device_get(judge(state.learner, state.statistics, keys))
+    if agent.args.capture_video and jax.process_index() == 0:
+        path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
+        write_video(agent, path, [pose[0] for pose in poses], alive[0])
+    return metrics
+
+def train(agent: Agent, step: Any, judge: Any, state: TrainState, run: Run) -> int:
+    """The training loop; returns the process's exit code."""
+    args = agent.args
+    for i in range(int(state.iteration[0]) + 1, args.num_iterations + 1):
+        began, last = time.perf_counter(), i == args.num_iterations
+        state, metrics = step(state)
+        metrics = jax.device_get(metrics)
+        metrics["charts/SPS"] = np.full(args.num_seeds, args.batch_size / (time.perf_counter() - began))
+        finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith("losses"))
+        if finite and (last or i % args.eval_interval == 0):
+            metrics |= run_evaluation(agent, judge, state, i, run.folder)
+        run.log(i, metrics)
+        if not finite:
+            save_checkpoint(run.folder / "diverged", state, i * args.batch_size, run.seconds)
+            print(f"iteration {i}: a loss is not finite; the state is in {run.folder}/diverged", file=sys.stderr)
+            return 1
+        if last or run.signal or i % args.checkpoint_interval == 0:
+            save_checkpoint(run.folder, state, i * args.batch_size, run.seconds)
+        if run.signal:
+            return 128 + run.signal
+    return 0
+
+def main() -> None:
+    """Parse, compile, then train, resume or evaluate."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+    args, arrays, seconds = parse()
+    if args.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
+    if args.capture_video:
+        check_renderer()
+    print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
+    agent, began = make_agent(args), time.perf_counter()
+    keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
+    step, judge, abstract, shardings, init = compile_programs(agent, keys)
+    state = fill_state(abstract, arrays, shardings) if arrays else init(keys)
+    seconds["compile"] = time.perf_counter() - began
+    print(f"compiled in {seconds['compile']:.1f} s", flush=True)
+    if args.evaluate:
+        metrics = run_evaluation(agent, judge, state, int(state.iteration[0]), args.evaluate)
+        print(json.dumps({name: x.tolist() for name, x in metrics.items()}))
+        return
+    run = Run(args, int(state.iteration[0]), seconds)
+    code = train(agent, step, judge, state, run)
+    run.bar.close()
+    for writer in run.writers:
+        writer.close()
+    print(run.folder)
+    sys.exit(code)
+
+if __name__ == "__main__":
+    main()
