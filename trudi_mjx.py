@@ -46,8 +46,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 DMC = tuple(
     "AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup CartpoleSwingupSparse "
-    "CheetahRun FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup ReacherEasy ReacherHard "
-    "WalkerRun WalkerStand WalkerWalk".split())
+    "CheetahRun FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup ReacherEasy "
+    "ReacherHard WalkerRun WalkerStand WalkerWalk".split())
 HUMANOID = ("G1JoystickFlatTerrain", "G1JoystickRoughTerrain", "T1JoystickFlatTerrain", "T1JoystickRoughTerrain")
 SUITE = {"dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0), "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0)}  # Table 5
 PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
@@ -288,7 +288,7 @@ class Actor(nnx.Module):
         return self.output(x)
 
 class Critic(nnx.Module):
-    """Logits (B, atoms) of the distribution whose mean is Q(s, u)."""
+    """Categorical distributions of the return, whose mean is Q(s, u)."""
 
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
         sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
@@ -298,6 +298,7 @@ class Critic(nnx.Module):
         self.output.bias[...] = PRIOR_LOGITS * hl_gauss(args, jnp.zeros(()))
 
     def __call__(self, observation: jax.Array, action: jax.Array) -> jax.Array:
+        """Logits (B, atoms)."""
         x = jnp.concatenate([observation, action], -1)
         for hidden, norm in zip(self.hidden, self.norms, strict=True):
             x = nnx.silu(norm(hidden(x)))
@@ -322,16 +323,16 @@ def sample_chain(actor: Actor, observation: jax.Array, noise: jax.Array, unroll:
 
     def denoise(latent: jax.Array, step: tuple) -> tuple[jax.Array, tuple]:
         h, time_n, xi = step
-        mean = latent + h * (actor(state, time_n, latent) - latent / variance)  # Eq. 186, the discretised Eq. 5
+        mean = latent + h * (actor(state, time_n, latent) - latent / variance)  # Eq. 186, discretising Eq. 5
         sample = mean + jnp.sqrt(2 * h) * xi  # Eq. 31
-        noising = normal_log_prob(latent, sample - h * sample / variance, 2 * h)  # Eq. 6, the discretised Eq. 4
+        noising = normal_log_prob(latent, sample - h * sample / variance, 2 * h)  # Eq. 6, discretising Eq. 4
         return sample, (noising - normal_log_prob(sample, mean, 2 * h), latent, mean)
 
     first = actor.prior_std * noise[-1]
     steps = (actor.step_sizes(), time, noise[:-1])
     last, (log_ratios, latents, means) = jax.lax.scan(denoise, first, steps, reverse=True, unroll=unroll)
     prior = normal_log_prob(first, 0.0, jnp.full(first.shape[-1], variance))
-    bound = log_ratios.sum(0) - prior + tanh_log_det(last)  # Eq. 117 (E1: the sign in Eq. 180)
+    bound = log_ratios.sum(0) - prior + tanh_log_det(last)  # Eq. 117, Eq. 180 (E1: its sign)
     return Chain(jnp.tanh(last), bound, jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
 
 def ode_action(actor: Actor, observation: jax.Array, noise: jax.Array, score_scale: float) -> jax.Array:
@@ -341,21 +342,20 @@ def ode_action(actor: Actor, observation: jax.Array, noise: jax.Array, score_sca
     def flow(latent: jax.Array, step: tuple) -> tuple[jax.Array, None]:
         h, time_n = step
         score = -latent / actor.prior_std**2 + actor(state, time_n, latent) / 2
-        return latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score), None  # Eq. 185 and 187
+        return latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score), None  # Eq. 185, Eq. 187
 
     return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
 
 def trajectory_kl(actor: Actor, observation: jax.Array, latents: jax.Array, means: jax.Array, old_h: jax.Array) -> jax.Array:
-    """c(s), (B,): KL of the old policy's trajectories from the actor's, given old chains (B, N, A) and step sizes (N, A).
+    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A).
 
-    Each step's KL in closed form, all N in one batched network call; the prior's is 0 and tanh changes nothing. Its mean
-    over the old chains is Eq. 178's constraint, an upper bound on the KL of the actions (Eq. 135, 152).
+    Closed form in every step, all N in one batched network call; the prior's KL is 0 and tanh changes nothing.
     """
     state, time = actor.embed(observation)
     h = actor.step_sizes()
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
-    kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))  # Eq. 178
-    return kl.sum((-2, -1))
+    kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
+    return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
 
 # ---------------------------------------------------------------------------------------------- critic and targets
 def hl_gauss(args: Args, returns: jax.Array) -> jax.Array:
@@ -378,7 +378,7 @@ def lambda_returns(args: Args, reward: jax.Array, terminated: jax.Array, truncat
     def step(later: jax.Array, now: tuple) -> tuple[jax.Array, jax.Array]:
         reward, terminated, bootstrap, value, bonus = now
         mixture = jnp.where(bootstrap, value, (1 - args.td_lambda) * value + args.td_lambda * later)
-        target = reward + args.gamma * (1 - terminated) * (bonus + mixture)  # Eq. 118, 179 (E2, E12)
+        target = reward + args.gamma * (1 - terminated) * (bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
         return target, target
 
     steps = (reward, terminated.astype(float), bootstrap, value, bonus)
@@ -407,7 +407,7 @@ def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Bat
     alpha, lambda_ = jnp.exp(duals["log_alpha"]), jnp.exp(duals["log_lambda"])
     chain = sample_chain(actor, batch.seen_by_actor, noise, unroll=True)  # as a loop its gradient is 3x slower on a CPU
     q = q_value(args, critic(batch.seen_by_critic, chain.action))
-    improve = -alpha * chain.entropy_bound - q  # Eq. 182: by Eq. 92, descending it descends Eq. 161
+    improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
     kl = trajectory_kl(actor, batch.seen_by_actor, batch.latents, batch.means, old_h)
     loss = jnp.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
     return loss.mean(), (chain.entropy_bound, kl)
@@ -416,7 +416,7 @@ def dual_loss(duals: dict, args: Args, bound: jax.Array, kl: jax.Array, action_s
     """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
     surplus = bound.mean() + args.target_entropy_scale * action_size
     excess = kl.mean() - args.trust_region_bound
-    return jnp.exp(duals["log_alpha"]) * surplus - jnp.exp(duals["log_lambda"]) * excess  # Eq. 183, 184 (E4)
+    return jnp.exp(duals["log_alpha"]) * surplus - jnp.exp(duals["log_lambda"]) * excess  # Eq. 183, Eq. 184 (E4)
 
 def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: jax.Array, key: jax.Array
                      ) -> tuple[Learner, dict[str, jax.Array]]:
@@ -584,8 +584,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, seconds: dict[str, float]) -> None:
     """Write the whole training state and the seconds spent."""
     with checkpoints(run, max_to_keep=3) as manager:
-        manager.save(step, force=True, args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(named_leaves(state)), seconds=ocp.args.JsonSave(seconds)))
+        content = {"state": ocp.args.PyTreeSave(named_leaves(state)), "seconds": ocp.args.JsonSave(seconds)}
+        manager.save(step, args=ocp.args.Composite(**content), force=True)
 
 def read_checkpoint(run: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The newest checkpoint's arrays by name, and the seconds spent; exits with code 2 if there is none to be read."""
@@ -597,7 +597,7 @@ def read_checkpoint(run: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
                 state=ocp.args.PyTreeRestore(restore_args=as_numpy), seconds=ocp.args.JsonRestore()))
             return content["state"], content["seconds"]
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
-        fail(f"no readable checkpoint in {run} ({type(error).__name__}: {error:.200}); give the folder of a run of this script")
+        fail(f"no readable checkpoint in {run} ({type(error).__name__}: {str(error)[:200]}); give the folder of a run of this script")
 
 def fill_state(abstract: TrainState, arrays: dict[str, np.ndarray], shardings: TrainState) -> TrainState:
     """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run's state."""
@@ -628,7 +628,6 @@ def write_video(agent: Agent, path: pathlib.Path, poses: list[np.ndarray], alive
     path.parent.mkdir(exist_ok=True)
     mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
 
-# ------------------------------------------------------------------------------------------------------------ main
 def parse() -> tuple[Args, dict[str, np.ndarray], dict[str, float]]:
     """Resolved arguments and, with --resume or --evaluate, a checkpoint's arrays and the seconds spent on it."""
     args = tyro.cli(Args)
@@ -637,13 +636,15 @@ def parse() -> tuple[Args, dict[str, np.ndarray], dict[str, float]]:
         return resolve(args), {}, {"wall_time": 0.0, "compile": 0.0}
     try:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
-        own = Args(**saved["args"]) if saved["script"] == SCRIPT else fail(f"{run} is a run of {saved['script']}.py")
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        own = Args(**saved["args"] | {"resume": None, "evaluate": None})
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
     args = tyro.cli(Args, default=own)
-    free = ("device num_devices compilation_cache_dir total_timesteps num_iterations eval_mode ode_score_scale best_of_k eval_interval track "
-            "num_eval_envs wandb_project_name wandb_entity checkpoint_interval resume evaluate capture_video").split()
-    changed = [name for name, value in vars(args).items() if name not in free and value != getattr(own, name)]
+    free = ("device num_devices compilation_cache_dir total_timesteps num_iterations eval_mode ode_score_scale best_of_k track "
+            "eval_interval num_eval_envs wandb_project_name wandb_entity checkpoint_interval resume evaluate capture_video")
+    changed = [name for name, value in vars(args).items() if name not in free.split() and value != getattr(own, name)]
     if changed:
         fail(f"{flag(changed[0])} cannot change in a run that exists; it is {getattr(own, changed[0])}")
     return resolve(args), *read_checkpoint(run)
@@ -654,12 +655,13 @@ def make_agent(args: Args) -> Agent:
     devices = jax.devices(None if args.device == "auto" else args.device)
     each = len(devices) // jax.process_count()
     mesh = jax.sharding.Mesh([d for i, d in enumerate(devices) if i % each < args.num_devices], ("env",))
-    seen = views(jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs)
-    build = [functools.partial(kind, args, view.size, env.action_size) for kind, view in zip((Actor, Critic), seen, strict=True)]
-    return Agent(args, env, time_limit, mesh, *(nnx.graphdef(nnx.eval_shape(lambda b=b: b(nnx.Rngs(0)))) for b in build))
+    sizes = [view.size for view in views(jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs)]
+    graphs = [nnx.graphdef(nnx.eval_shape(lambda kind=kind, size=size: kind(args, size, env.action_size, nnx.Rngs(0))))
+              for kind, size in zip((Actor, Critic), sizes, strict=True)]
+    return Agent(args, env, time_limit, mesh, *graphs)
 
 def compile_programs(agent: Agent, keys: jax.Array) -> tuple[Any, Any, TrainState, TrainState, Any]:
-    """`iterate` and `evaluate`, compiled for all seeds at once, keys (K, 2); the state's shapes and shardings; `init_state`."""
+    """`iterate` and `evaluate` compiled for all seeds at once, keys (K, 2); the state's shapes, shardings and `init_state`."""
     whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
     init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
     abstract = jax.eval_shape(init, keys)
@@ -671,62 +673,6 @@ def compile_programs(agent: Agent, keys: jax.Array) -> tuple[Any, Any, TrainStat
     judge = judge.lower(abstract.learner, abstract.statistics, keys).compile()
     return run, judge, abstract, shardings, jax.jit(init, out_shardings=shardings)
 
-class Run:
-    """A run's folder: metrics.jsonl and TensorBoard events of every seed, the seconds spent, the signal that asks to stop."""
-
-    def __init__(self, args: Args, start: int, seconds: dict[str, float]):
-        now = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-        self.folder = pathlib.Path(args.resume or pathlib.Path(args.log_dir, name))
-        self.args, self.seconds, self.signal, self.writers = args, seconds, 0, []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
-        if jax.process_index() == 0:
-            self.open(start * args.batch_size)
-        self.began = time.perf_counter() - seconds["wall_time"]
-        self.bar = tqdm.tqdm(total=args.num_iterations, initial=start, disable=not sys.stdout.isatty(), file=sys.stdout)
-
-    def open(self, step: int) -> None:
-        """Write args.json and open each seed's logs, to go on after this step."""
-        args, seeds = self.args, range(self.args.seed, self.args.seed + self.args.num_seeds)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
-        if args.track:
-            importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-                                                  name=self.folder.name, dir=str(self.folder), sync_tensorboard=True)
-        self.folders = [self.folder / f"seed_{seed}" for seed in seeds] if args.num_seeds > 1 else [self.folder]
-        self.writers = [tensorboardX.SummaryWriter(str(folder), purge_step=step + 1) for folder in self.folders]
-        for path in [folder / "metrics.jsonl" for folder in self.folders]:
-            # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.with_suffix(".tmp").write_text("".join(
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-            path.with_suffix(".tmp").replace(path)
-
-    def interrupt(self, number: int, frame: Any) -> None:
-        """Remember the signal, to checkpoint and stop after the iteration; a second one kills."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def log(self, iteration: int, metrics: dict[str, np.ndarray]) -> None:
-        """Write an iteration's metrics, each (K,), and with an evaluation a line for the reader."""
-        self.bar.update()
-        step, wall_time = iteration * self.args.batch_size, time.perf_counter() - self.began
-        self.seconds["wall_time"] = wall_time
-        for k, writer in enumerate(self.writers):
-            none_ended = not metrics["charts/episodes"][k]  # then the rollout has no mean return
-            values = {name: float(x[k]) for name, x in metrics.items()
-                      if not (none_ended and name.startswith("charts/episodic"))}
-            with (self.folders[k] / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-        if "eval/episodic_return" in metrics and self.writers:
-            returns = ", ".join(f"{x:.1f}" for x in metrics["eval/episodic_return"])
-            eta = wall_time / 60 / iteration * (self.args.num_iterations - iteration)
-            self.bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
-            sys.stdout.flush()
-
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -735,37 +681,81 @@ def provenance() -> dict[str, Any]:
     return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
             "versions": {d.name: d.version for d in metadata.distributions()}}
 
+def open_run(folder: pathlib.Path, args: Args, step: int) -> dict[pathlib.Path, tensorboardX.SummaryWriter]:
+    """Write a run's args.json and open its logs, to go on after this step: each seed's metrics.jsonl and TensorBoard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
+    if args.track:
+        importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+                                              name=folder.name, dir=str(folder), sync_tensorboard=True)
+    seeds = [f"seed_{args.seed + k}" for k in range(args.num_seeds)] if args.num_seeds > 1 else ["."]
+    writers = {folder / seed / "metrics.jsonl": tensorboardX.SummaryWriter(str(folder / seed), purge_step=step + 1)
+               for seed in seeds}
+    for path in writers:
+        # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+        whole.replace(path)
+    return writers
+
+def log(writers: dict, step: int, wall_time: float, metrics: dict[str, np.ndarray]) -> None:
+    """Write an iteration's metrics, each (K,), at an environment step."""
+    for k, (path, writer) in enumerate(writers.items()):
+        ended = metrics["charts/episodes"][k] > 0  # else the rollout has no mean return
+        values = {name: float(x[k]) for name, x in metrics.items() if ended or not name.startswith("charts/episodic")}
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
 def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, folder: str | pathlib.Path) -> dict:
     """Evaluate every seed with keys of its own, and write the first one's video if asked to."""
     seeds = agent.args.seed + np.arange(agent.args.num_seeds)
-    keys = jnp.stack([jax.random.fold_in(jax.random.PRNGKey(seed), iteration) for seed in seeds])
+    keys = np.stack([jax.random.fold_in(jax.random.PRNGKey(seed), iteration) for seed in seeds])
     metrics, (poses, alive) = jax.device_get(judge(state.learner, state.statistics, keys))
     if agent.args.capture_video and jax.process_index() == 0:
         path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
         write_video(agent, path, [pose[0] for pose in poses], alive[0])
     return metrics
 
-def train(agent: Agent, step: Any, judge: Any, state: TrainState, run: Run) -> int:
+def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, seconds: dict[str, float]) -> int:
     """The training loop; returns the process's exit code."""
-    args = agent.args
-    for i in range(int(state.iteration[0]) + 1, args.num_iterations + 1):
-        began, last = time.perf_counter(), i == args.num_iterations
-        state, metrics = step(state)
+    args, main, received = agent.args, jax.process_index() == 0, []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
+        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+    done, now = int(jax.device_get(state.iteration)[0]), int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
+    folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{now}")
+    writers = open_run(folder, args, done * args.batch_size) if main else {}
+    bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
+    started, code = time.perf_counter() - seconds["wall_time"], 0
+    while done < args.num_iterations and not code:
+        began = time.perf_counter()
+        state, metrics = iterate(state)
         metrics = jax.device_get(metrics)
+        done, step = done + 1, (done + 1) * args.batch_size
         metrics["charts/SPS"] = np.full(args.num_seeds, args.batch_size / (time.perf_counter() - began))
         finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith("losses"))
-        if finite and (last or i % args.eval_interval == 0):
-            metrics |= run_evaluation(agent, judge, state, i, run.folder)
-        run.log(i, metrics)
+        if finite and (done == args.num_iterations or done % args.eval_interval == 0):
+            metrics |= run_evaluation(agent, judge, state, done, folder)
+            returns = ", ".join(f"{x:.1f}" for x in metrics["eval/episodic_return"])
+            eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+            bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
+            sys.stdout.flush()
+        seconds["wall_time"] = time.perf_counter() - started
+        log(writers, step, seconds["wall_time"], metrics)
+        bar.update()
+        code = 128 + received[0] if received else 0
         if not finite:
-            save_checkpoint(run.folder / "diverged", state, i * args.batch_size, run.seconds)
-            print(f"iteration {i}: a loss is not finite; the state is in {run.folder}/diverged", file=sys.stderr)
-            return 1
-        if last or run.signal or i % args.checkpoint_interval == 0:
-            save_checkpoint(run.folder, state, i * args.batch_size, run.seconds)
-        if run.signal:
-            return 128 + run.signal
-    return 0
+            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
+            code = 1
+        if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
+            save_checkpoint(folder if finite else folder / "diverged", state, step, seconds)
+    bar.close()
+    for writer in writers.values():
+        writer.close()
+    print(folder)
+    return code
 
 def main() -> None:
     """Parse, compile, then train, resume or evaluate."""
@@ -785,16 +775,10 @@ def main() -> None:
     seconds["compile"] = time.perf_counter() - began
     print(f"compiled in {seconds['compile']:.1f} s", flush=True)
     if args.evaluate:
-        metrics = run_evaluation(agent, judge, state, int(state.iteration[0]), args.evaluate)
+        metrics = run_evaluation(agent, judge, state, int(jax.device_get(state.iteration)[0]), args.evaluate)
         print(json.dumps({name: x.tolist() for name, x in metrics.items()}))
         return
-    run = Run(args, int(state.iteration[0]), seconds)
-    code = train(agent, step, judge, state, run)
-    run.bar.close()
-    for writer in run.writers:
-        writer.close()
-    print(run.folder)
-    sys.exit(code)
+    sys.exit(train(agent, step, judge, state, seconds))
 
 if __name__ == "__main__":
     main()
