@@ -528,7 +528,8 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, jax.
 
 def trust_region(agent: Agent, old: Actor, learner: Learner, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
     """Duals, and the KL of a whole iteration on one minibatch of states: on stored chains, and on fresh ones of no update."""
-    index = jax.random.choice(key, agent.args.batch_size, (agent.args.minibatch_size,), replace=False)
+    index_key, key = jax.random.split(key)
+    index = jax.random.choice(index_key, agent.args.batch_size, (agent.args.minibatch_size,), replace=False)
     batch, new = jax.tree.map(lambda x: x[index], batch), nnx.merge(agent.actor, learner.actor)
     noise = jax.random.normal(key, (agent.args.num_diffusion_steps + 1, *batch.action.shape))
     fresh = sample_chain(old, batch.seen_by_actor, noise)
@@ -597,7 +598,7 @@ def read_checkpoint(run: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
                 state=ocp.args.PyTreeRestore(restore_args=as_numpy), seconds=ocp.args.JsonRestore()))
             return content["state"], content["seconds"]
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
-        fail(f"no readable checkpoint in {run} ({type(error).__name__}: {str(error)[:200]}); give the folder of a run of this script")
+        fail(f"no readable checkpoint in {run}, which should be the folder of a run ({type(error).__name__}: {str(error)[:200]})")
 
 def fill_state(abstract: TrainState, arrays: dict[str, np.ndarray], shardings: TrainState) -> TrainState:
     """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run's state."""
