@@ -53,10 +53,10 @@ SUITE = {"dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0), "humanoid": dict(gamma
 PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
     "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
                   actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
-                  eval_interval=15, checkpoint_interval=15),
+                  eval_interval=15, checkpoint_interval=15, anneal_lr=False),
     "cpu": dict(total_timesteps=2_000_000, num_envs=256, num_steps=32, num_epochs=4, minibatch_size=512, hidden_dim=64,
-                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=3e-4, num_eval_envs=32,
-                eval_interval=10, checkpoint_interval=10)}
+                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=3e-4, num_eval_envs=64,
+                eval_interval=10, checkpoint_interval=10, anneal_lr=True)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 INITIAL_DUAL = 0.01  # alpha and lambda
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
@@ -91,6 +91,7 @@ class Args:
     actor_learning_rate: float | None = None  # of Adam
     critic_learning_rate: float | None = None  # of Adam
     dual_learning_rate: float | None = None  # of Adam, for log alpha and log lambda
+    anneal_lr: bool | None = None  # let actor's and critic's learning rates fall linearly to 0; on in the cpu preset
     max_grad_norm: float = 0.5  # global-norm clip, of actor and critic apart
     reset_states: Literal["fresh", "replayed"] = "fresh"  # episodes start from new states, or from the run's first ones
     hidden_dim: int | None = None  # width of actor and critic
@@ -392,7 +393,9 @@ Batch = namedtuple("Batch", "seen_by_actor seen_by_critic action latents means t
 
 def optimizers(args: Args) -> list[optax.GradientTransformation]:
     """Adam for actor, critic and duals; the first two clip their gradients' global norms."""
-    rates = (args.actor_learning_rate, args.critic_learning_rate)
+    updates = args.num_iterations * args.num_epochs * args.batch_size // args.minibatch_size
+    rates = [optax.linear_schedule(rate, 0.0 if args.anneal_lr else rate, updates)
+             for rate in (args.actor_learning_rate, args.critic_learning_rate)]
     clipped = [optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate)) for rate in rates]
     return [*clipped, optax.adam(args.dual_learning_rate)]
 
@@ -598,7 +601,7 @@ def read_checkpoint(run: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
                 state=ocp.args.PyTreeRestore(restore_args=as_numpy), seconds=ocp.args.JsonRestore()))
             return content["state"], content["seconds"]
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
-        fail(f"no readable checkpoint in {run}, which should be the folder of a run ({type(error).__name__}: {str(error)[:200]})")
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
 
 def fill_state(abstract: TrainState, arrays: dict[str, np.ndarray], shardings: TrainState) -> TrainState:
     """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run's state."""
