@@ -9,8 +9,8 @@
     python trudi_mjx.py --env-id CartpoleBalance --preset cpu      # a learning curve in minutes on two CPU cores
 
 Read it from top to bottom: it follows the data. `# Eq. 181` marks where an equation of the paper is computed; README.md has
-their table and the paper's errata (E1 ... E18). Axes: T steps of a rollout, E environments, B states of a batch, N denoising
-steps, A action dimensions, K seeds. Latent actions go from a^N, noise, to a^0; an axis of length N holds n = 1 ... N in order.
+their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E environments, B states of a batch, N denoising
+steps, A action dimensions, K seeds. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import functools
 import importlib
 import json
 import logging
-import math
 import os
 import pathlib
 import signal
@@ -27,7 +26,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from collections import namedtuple
 from importlib import metadata
 from typing import Any, Literal
@@ -60,10 +58,9 @@ PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 INITIAL_DUAL = 0.01  # alpha and lambda
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
-TIME_FEATURES = 32
-HL_GAUSS_SIGMA = 0.75  # in atom widths
+TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
 PRIOR_LOGITS = 40.0  # scale of the critic's last bias at the start, so that Q starts near 0
-POSE = ("qpos", "qvel", "mocap_pos", "mocap_quat", "xfrc_applied")  # what a renderer needs
+Pose = namedtuple("Pose", "qpos qvel mocap_pos mocap_quat xfrc_applied")  # what a renderer needs
 SCRIPT = pathlib.Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -123,10 +120,6 @@ def fail(message: str) -> None:
     print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
-def flag(name: str) -> str:
-    """How an argument is written on the command line."""
-    return "--" + name.replace("_", "-")
-
 def resolve(args: Args) -> Args:
     """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
     if args.env_id not in DMC + HUMANOID:
@@ -150,9 +143,9 @@ def rules(args: Args, devices: int, shards: int) -> list[tuple[bool, str]]:
     """What must hold for resolved arguments, on a host of so many devices, and what to say if it does not."""
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
     numbers = {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k not in may_be_zero}
-    positive = [(v > 0 or isinstance(v, bool), f"{flag(k)} must be positive, not {v}") for k, v in numbers.items()]
-    divisible = [(numbers[k] % max(shards, 1) == 0, f"{flag(k)} {numbers[k]} does not divide over {shards} devices")
-                 for k in ("num_envs", "minibatch_size", "num_eval_envs")]
+    positive = [(v > 0 or v is False, f"--{k} must be positive, not {v}".replace("_", "-")) for k, v in numbers.items()]
+    divisible = [(v % max(shards, 1) == 0, f"--{k} {v} does not divide over {shards} devices".replace("_", "-"))
+                 for k, v in numbers.items() if k in ("num_envs", "minibatch_size", "num_eval_envs")]
     return positive + divisible + [
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
@@ -221,9 +214,8 @@ def env_step(agent: Agent, env: EnvState, action: jax.Array) -> tuple[EnvState, 
     done = terminated | truncated
 
     def restart(initial: jax.Array, current: jax.Array) -> jax.Array:
-        if current.shape[:1] != done.shape:  # a buffer that MuJoCo Warp shares between environments
-            return current
-        return jnp.where(done.reshape(done.shape + (1,) * (current.ndim - 1)), initial, current)
+        shared = current.shape[:1] != done.shape  # between environments, as some of MuJoCo Warp's buffers are
+        return current if shared else jnp.where(done.reshape(-1, *[1] * (current.ndim - 1)), initial, current)
 
     initial = (env.reset_to, *jax.tree.map(jnp.zeros_like, running[1:]))
     sim_now, *counters = jax.tree.map(restart, initial, running)
@@ -235,7 +227,7 @@ Statistics = namedtuple("Statistics", "count moments")  # moments: mean and vari
 
 def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
     """Merge observations, leaves (T, E, .), into the moments: Welford's update for batches (Chan et al., 1979)."""
-    n, m = statistics.count, math.prod(jax.tree.leaves(observations)[0].shape[:2])
+    n, m = statistics.count, np.prod(jax.tree.leaves(observations)[0].shape[:2])
 
     def merge(x: jax.Array, old: jax.Array) -> jax.Array:
         delta = x.mean((0, 1)) - old[0]
@@ -261,7 +253,7 @@ class Actor(nnx.Module):
         self.hidden = nnx.List([linear(width, width) for _ in range(3)])
         # Zero, so that the untrained policy is the prior's own process whatever it observes.
         self.output = linear(width, action_size, kernel_init=nnx.initializers.zeros)
-        self.raw_friction = nnx.Param(jnp.full(action_size, math.log(math.e - 1)))  # softplus makes it 1
+        self.raw_friction = nnx.Param(jnp.full(action_size, np.log(np.e - 1)))  # softplus makes it 1
 
     def step_sizes(self) -> jax.Array:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
@@ -271,8 +263,7 @@ class Actor(nnx.Module):
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / nnx.softplus(raw)
 
     def embed(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The parts of the first layer, which acts on concat(s, a, time), that do not change along a chain: (B, H) of the
-        state and (N, H) of the steps."""
+        """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
         n, half = jnp.arange(1, self.num_steps + 1)[:, None], TIME_FEATURES // 2
         angle = n * 10000.0 ** (-jnp.arange(half) / half)
         time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
@@ -348,10 +339,8 @@ def ode_action(actor: Actor, observation: jax.Array, noise: jax.Array, score_sca
     return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
 
 def trajectory_kl(actor: Actor, observation: jax.Array, latents: jax.Array, means: jax.Array, old_h: jax.Array) -> jax.Array:
-    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A).
-
-    Closed form in every step, all N in one batched network call; the prior's KL is 0 and tanh changes nothing.
-    """
+    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): closed
+    in every step, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
     state, time = actor.embed(observation)
     h = actor.step_sizes()
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
@@ -514,8 +503,8 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, jax.
     rollout_key, target_key, learn_key, check_key, key = jax.random.split(state.key, 5)
     actor = nnx.merge(agent.actor, old.actor)
     env, data = rollout(agent, actor, state.statistics, state.env, rollout_key)
-    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout's chains stay right under
-    # the statistics it seeds. Later ones wait for the next rollout: the stored means belong to the present ones (E13).
+    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics that
+    # it is learned from with. Later ones take effect in the next rollout: stored means belong to the present ones (E13).
     merged = update_statistics(state.statistics, data.observation)
     statistics = jax.tree.map(lambda new, now: jnp.where(state.iteration == 0, new, now), merged, state.statistics)
     target = critic_targets(agent, old, statistics, data, target_key)
@@ -564,7 +553,7 @@ def evaluate(agent: Agent, learner: Learner, statistics: Statistics, key: jax.Ar
         sim, alive, total, length = carry
         action = evaluation_action(agent, networks, statistics, sim.obs, key)
         sim = step_sim(agent, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
-        pose = [getattr(sim.data, name)[0] for name in POSE] if agent.args.capture_video else []
+        pose = Pose(*(getattr(sim.data, name)[0] for name in Pose._fields)) if agent.args.capture_video else None
         return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
 
     zeros = jnp.zeros(agent.args.num_eval_envs)
@@ -622,13 +611,13 @@ def check_renderer() -> None:
     except Exception as error:  # each GL library has its own, some while mujoco is imported
         fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
 
-def write_video(agent: Agent, path: pathlib.Path, poses: list[np.ndarray], alive: np.ndarray) -> None:
-    """Draw an episode, poses (T, ...) ordered as POSE, to an mp4 of at most 30 frames a second."""
+def write_video(agent: Agent, path: pathlib.Path, poses: Pose, alive: np.ndarray) -> None:
+    """Draw an episode, poses with leaves (T, ...), to an mp4 of at most 30 frames a second."""
     mediapy = importlib.import_module("mediapy")
     mediapy.set_ffmpeg(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
-    stride = math.ceil(1 / (30 * agent.env.dt))
-    data = [types.SimpleNamespace(**dict(zip(POSE, row, strict=True))) for row in zip(*poses, strict=True)]
-    states = [types.SimpleNamespace(data=x) for x in data[:int(alive.sum()):stride]]
+    stride = int(np.ceil(1 / (30 * agent.env.dt)))
+    frame = namedtuple("Frame", "data")
+    states = [frame(Pose(*(x[t] for x in poses))) for t in range(0, int(alive.sum()), stride)]
     path.parent.mkdir(exist_ok=True)
     mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
 
@@ -650,7 +639,7 @@ def parse() -> tuple[Args, dict[str, np.ndarray], dict[str, float]]:
             "eval_interval num_eval_envs wandb_project_name wandb_entity checkpoint_interval resume evaluate capture_video")
     changed = [name for name, value in vars(args).items() if name not in free.split() and value != getattr(own, name)]
     if changed:
-        fail(f"{flag(changed[0])} cannot change in a run that exists; it is {getattr(own, changed[0])}")
+        fail(f"--{changed[0]} cannot change in a run that exists; it is {getattr(own, changed[0])}".replace("_", "-"))
     return resolve(args), *read_checkpoint(run)
 
 def make_agent(args: Args) -> Agent:
@@ -720,7 +709,7 @@ def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, 
     metrics, (poses, alive) = jax.device_get(judge(state.learner, state.statistics, keys))
     if agent.args.capture_video and jax.process_index() == 0:
         path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
-        write_video(agent, path, [pose[0] for pose in poses], alive[0])
+        write_video(agent, path, jax.tree.map(lambda x: x[0], poses), alive[0])
     return metrics
 
 def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, seconds: dict[str, float]) -> int:
