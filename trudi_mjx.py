@@ -368,10 +368,11 @@ def lambda_returns(args: Args, reward: jax.Array, terminated: jax.Array, truncat
     def step(later: jax.Array, now: tuple) -> tuple[jax.Array, jax.Array]:
         reward, terminated, bootstrap, value, bonus = now
         mixture = jnp.where(bootstrap, value, (1 - args.td_lambda) * value + args.td_lambda * later)
-        target = reward + args.gamma * (1 - terminated) * (bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
+        # Chosen, not multiplied by 0: Playground ends a simulation that has become NaN, and its last value is NaN.
+        target = reward + args.gamma * jnp.where(terminated, 0.0, bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
         return target, target
 
-    steps = (reward, terminated.astype(float), bootstrap, value, bonus)
+    steps = (reward, terminated, bootstrap, value, bonus)
     return jax.lax.scan(step, jnp.zeros_like(reward[-1]), steps, reverse=True)[1]
 
 # ------------------------------------------------------------------------------------------------ losses, learning
@@ -639,7 +640,7 @@ def parse() -> tuple[Args, dict[str, np.ndarray], dict[str, float]]:
             "eval_interval num_eval_envs wandb_project_name wandb_entity checkpoint_interval resume evaluate capture_video")
     changed = [name for name, value in vars(args).items() if name not in free.split() and value != getattr(own, name)]
     if changed:
-        fail(f"--{changed[0]} cannot change in a run that exists; it is {getattr(own, changed[0])}".replace("_", "-"))
+        fail(f"--{changed[0].replace('_', '-')} cannot change in a run that exists; it is {getattr(own, changed[0])}")
     return resolve(args), *read_checkpoint(run)
 
 def make_agent(args: Args) -> Agent:
@@ -664,7 +665,9 @@ def compile_programs(agent: Agent, keys: jax.Array) -> tuple[Any, Any, TrainStat
     judge = jax.jit(judge, in_shardings=(whole, whole, whole), out_shardings=whole)
     run = None if agent.args.evaluate else run.lower(abstract).compile()
     judge = judge.lower(abstract.learner, abstract.statistics, keys).compile()
-    return run, judge, abstract, shardings, jax.jit(init, out_shardings=shardings)
+    # It runs once, so XLA need not spend longer on it than it takes.
+    init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})
+    return run, judge, abstract, shardings, init
 
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""

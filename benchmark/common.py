@@ -1,0 +1,95 @@
+"""What the benchmarks share: provenance, timing, tables, and `trudi_mjx.Args` as a base of their own command lines."""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import tyro
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+sys.path.insert(0, str(ROOT))
+import trudi_mjx as trudi  # noqa: E402
+
+PACKAGES = ("flax", "jax", "mujoco", "numpy", "nvidia-c", "optax", "orbax", "playground", "warp-lang")  # their prefixes
+
+@dataclasses.dataclass(frozen=True)
+class Sizes(trudi.Args):
+    """The flags of trudi_mjx.py without those that a benchmark sets itself or has no use for."""
+
+    total_timesteps: tyro.conf.Suppress[int | None] = None
+    log_dir: tyro.conf.Suppress[str] = "runs"
+    compilation_cache_dir: tyro.conf.Suppress[str] = ""
+    track: tyro.conf.Suppress[bool] = False
+    wandb_project_name: tyro.conf.Suppress[str] = "trudi"
+    wandb_entity: tyro.conf.Suppress[str | None] = None
+    resume: tyro.conf.Suppress[str | None] = None
+    evaluate: tyro.conf.Suppress[str | None] = None
+    capture_video: tyro.conf.Suppress[bool] = False
+
+    def training_args(self, **changes: Any) -> trudi.Args:
+        """The arguments of trudi_mjx.py among these, changed as said."""
+        return trudi.Args(**{f.name: getattr(self, f.name) for f in dataclasses.fields(trudi.Args)} | changes)
+
+def training_command(args: trudi.Args) -> list[str]:
+    """The command that trains with these unresolved arguments, naming those that are not defaults."""
+    command = [sys.executable, str(ROOT / "trudi_mjx.py")]
+    for field in dataclasses.fields(trudi.Args):
+        value, name = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        switch = [name if value else name.replace("--", "--no-", 1)]
+        command += switch if field.type is bool else [name, str(value)]  # bool | None takes a value
+    return command
+
+def without_folders(argument: str) -> str:
+    """An argument of a command as it is recorded: of an absolute path, or of --flag=path, only the path's last part."""
+    name, equals, value = argument.rpartition("=")
+    return name + equals + pathlib.PurePath(value).name if value.startswith(("/", "~")) else argument
+
+def cpu_name() -> str:
+    """The processor's name."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+def provenance() -> dict[str, Any]:
+    """`trudi_mjx.provenance` of the benchmark that runs: its command, the commit, the hardware and the versions that matter."""
+    found = trudi.provenance()
+    script = pathlib.Path(sys.argv[0]).resolve()
+    command = ["python", f"benchmark/{script.name}", *map(without_folders, sys.argv[1:])]
+    versions = {name: version for name, version in found["versions"].items() if name.lower().startswith(PACKAGES)}
+    return found | {"script": script.stem, "command": command, "cpu": cpu_name(), "versions": versions,
+                    "date": time.strftime("%Y-%m-%d", time.gmtime())}
+
+def shown_args(args: trudi.Args) -> dict[str, Any]:
+    """Arguments for a results file: all but the folders."""
+    return {name: value for name, value in vars(args).items() if not name.endswith("_dir")}
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write results, with their provenance first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": provenance(), **content}, indent=1) + "\n")
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; the first column is a name, the others are aligned to the right."""
+    header = list(header)
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+def measure(program: Callable, arguments: tuple, repeats: int) -> list[float]:
+    """Seconds of each of several calls, waiting for their results; a first call, which may compile, is not counted."""
+    jax.block_until_ready(program(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return seconds

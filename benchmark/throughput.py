@@ -1,0 +1,186 @@
+"""How fast is trudi_mjx.py? Environment steps per second, compile and start-up seconds, and peak memory of one setting.
+
+    python benchmark/throughput.py --env-id G1JoystickRoughTerrain [any flag of trudi_mjx.py] [--repeats 5]
+
+* start-up: seconds from `python trudi_mjx.py ...` to the first iteration in metrics.jsonl, of a process that finds an empty
+  --compilation-cache-dir (and empty caches of Warp's and CUDA's kernels), and of a second one that finds what the first left;
+* compile: tracing and lowering of one iteration, then its compilation, in this process and without any cache;
+* steps/s, each part run on its own: the simulator alone (uniformly random actions), the rollout (policy, simulator and one
+  batch of resets), the critic's targets (with the observations' normalisation), the update (all epochs of minibatches) and
+  the whole iteration. Steps are environment steps, summed over --num-seeds; every part is charged an iteration's steps.
+  Compiled programs only, after a warm-up call and up to their results' arrival. The policy is an untrained one: where a
+  simulator's time depends on contacts, that of a trained one may differ;
+* memory: the device's peak after the iterations and before anything else ran (GPU only), and the process's largest resident
+  set, compilation included.
+
+Medians are over --repeats calls. Results go to benchmark/results/throughput_{env}_{device}.json and, as a table, to stdout.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from common import RESULTS, Sizes, cpu_name, markdown_table, measure, shown_args, training_command, trudi, write_json
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Sizes):
+    """Measure the speed of trudi_mjx.py with these flags."""
+
+    repeats: int = 5  # timed calls of each part
+    starts: bool = True  # measure the start-up of whole processes too; --no-starts leaves it out
+    output: str | None = None  # the JSON file; default: named after task and device
+
+# --------------------------------------------------------------------------------------------------------- start-up
+def logged(folder: pathlib.Path) -> bool:
+    """Whether a run in a folder has logged an iteration."""
+    return any(path.stat().st_size for path in folder.rglob("metrics.jsonl"))
+
+def measure_start(args: trudi.Args, cache: pathlib.Path) -> dict[str, float]:
+    """Seconds until a process logs its first iteration and, within them, those it spent compiling; it is then killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = training_command(dataclasses.replace(args, log_dir=folder, compilation_cache_dir=str(cache / "jax")))
+        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        environment |= {"WARP_CACHE_PATH": str(cache / "warp"), "CUDA_CACHE_PATH": str(cache / "cuda")}
+        output, began = pathlib.Path(folder, "output.txt"), time.perf_counter()
+        with output.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+            while process.poll() is None and not logged(pathlib.Path(folder)):
+                time.sleep(0.02)
+            seconds = time.perf_counter() - began
+            process.kill()
+            process.wait()
+        compiled = re.search(r"compiled in ([\d.]+) s", output.read_text())
+        if not logged(pathlib.Path(folder)):
+            sys.exit(f"{' '.join(command)} did not get to its first iteration:\n{output.read_text()[-2000:]}")
+    return {"first_iteration_logged": seconds, "compile": float(compiled[1])}
+
+def measure_starts(options: Options) -> dict[str, dict[str, float]]:
+    """Start-up without and with compiled programs of an earlier start."""
+    sizes = trudi.PRESET[options.preset]  # `resolve` would take hold of the GPU, which the processes need
+    steps = (options.num_envs or sizes["num_envs"]) * (options.num_steps or sizes["num_steps"])
+    args = options.training_args(total_timesteps=2 * steps, eval_interval=2)  # the first one is logged without an evaluation
+    with tempfile.TemporaryDirectory() as cache:
+        return {name: measure_start(args, pathlib.Path(cache)) for name in ("empty cache", "warm cache")}
+
+# ------------------------------------------------------------------------------------------ parts of an iteration
+def simulate(agent: trudi.Agent, state: trudi.TrainState) -> tuple:
+    """A rollout's steps of the simulator with random actions; returns what `rollout` keeps of the outcomes."""
+    args, shape = agent.args, (agent.args.num_envs, agent.env.action_size)
+
+    def step(env: trudi.EnvState, key: jax.Array) -> tuple[trudi.EnvState, tuple]:
+        action = jax.random.uniform(key, shape, minval=-trudi.ACTION_LIMIT, maxval=trudi.ACTION_LIMIT)
+        return trudi.env_step(agent, env, action)
+
+    return jax.lax.scan(step, state.env, jax.random.split(state.key, args.num_steps))[1]
+
+def act(agent: trudi.Agent, state: trudi.TrainState) -> trudi.Transition:
+    """A rollout of the policy: its transitions."""
+    return trudi.rollout(agent, nnx.merge(agent.actor, state.learner.actor), state.statistics, state.env, state.key)[1]
+
+def prepare(agent: trudi.Agent, state: trudi.TrainState, data: trudi.Transition) -> trudi.Batch:
+    """What the update learns from: the critic's targets beside normalised observations, as in `trudi_mjx.iterate`."""
+    target = trudi.critic_targets(agent, state.learner, state.statistics, data, state.key)
+    seen = trudi.views(trudi.normalize(state.statistics, data.observation))
+    batch = trudi.Batch(*seen, data.action, data.latents, data.means, target)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
+
+def update(agent: trudi.Agent, state: trudi.TrainState, batch: trudi.Batch) -> trudi.Learner:
+    """All epochs of minibatches."""
+    old_h = nnx.merge(agent.actor, state.learner.actor).step_sizes()
+    return trudi.learn(agent, state.learner, batch, old_h, state.key)[0]
+
+def measure_parts(agent: trudi.Agent, state: trudi.TrainState, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every part but the whole, each a program of its own."""
+    programs = [jax.jit(jax.vmap(functools.partial(f, agent))) for f in (simulate, act, prepare, update)]
+    data = programs[1](state)
+    batch = programs[2](state, data)
+    arguments = {"simulator alone": (state,), "rollout": (state,), "targets": (state, data), "update": (state, batch)}
+    return {name: measure(program, inputs, repeats)
+            for program, (name, inputs) in zip(programs, arguments.items(), strict=True)}
+
+# -------------------------------------------------------------------------------------------------- whole iteration
+def compile_iteration(agent: trudi.Agent, keys: jax.Array) -> tuple[Callable, trudi.TrainState, dict[str, float]]:
+    """`iterate`, compiled as `trudi_mjx.compile_programs` does; the initial state; seconds of tracing and of compiling."""
+    whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
+    init, run = (jax.vmap(functools.partial(f, agent)) for f in (trudi.init_state, trudi.iterate))
+    abstract = jax.eval_shape(init, keys)
+    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, abstract.env)
+    shardings = jax.tree.map(lambda _: whole, abstract)._replace(env=env)
+    times = [time.perf_counter()]
+    lowered = jax.jit(run, in_shardings=(shardings,), out_shardings=(shardings, whole), donate_argnums=0).lower(abstract)
+    times.append(time.perf_counter())
+    program = lowered.compile()
+    times.append(time.perf_counter())
+    seconds = dict(zip(("trace and lower", "compile"), np.diff(times).tolist(), strict=True))
+    return program, jax.jit(init, out_shardings=shardings)(keys), seconds
+
+def measure_iteration(program: Callable, state: trudi.TrainState, repeats: int) -> tuple[list[float], trudi.TrainState]:
+    """Seconds of iterations in a row after one that is not counted, and the last state."""
+    state, seconds = jax.block_until_ready(program(state))[0], []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(program(state))
+        seconds.append(time.perf_counter() - began)
+    return seconds, state
+
+def peak_memory(device: jax.Device) -> dict[str, int]:
+    """Peak bytes on the device, where it counts them, and of this process's resident set."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"device": (device.memory_stats() or {}).get("peak_bytes_in_use"), "resident": resident}
+
+# ---------------------------------------------------------------------------------------------------------- results
+def report(results: dict[str, Any], title: str) -> str:
+    """The results as Markdown."""
+    rows = []
+    for name, seconds in results["seconds"].items():
+        rate = [results["steps"] / x for x in (np.median(seconds), max(seconds), min(seconds))]
+        rows.append((name, f"{rate[0]:,.0f}", f"{rate[1]:,.0f} to {rate[2]:,.0f}", f"{np.median(seconds):.3f}"))
+    text = markdown_table((title, "steps/s (median)", "slowest to fastest", "seconds per iteration"), rows)
+    facts = [(f"{name} an iteration", f"{seconds:.1f} s") for name, seconds in results["compile_seconds"].items()]
+    for name, x in results["start_seconds"].items():
+        seconds = f"{x['first_iteration_logged']:.1f} s (of which compiling {x['compile']:.1f} s)"
+        facts.append((f"start to first logged iteration, {name}", seconds))
+    facts += [(f"peak memory, {name}", f"{x / 2**30:.2f} GiB") for name, x in results["memory"].items() if x]
+    return text + "\n" + markdown_table(("", ""), facts)
+
+def main() -> None:
+    """Measure; the processes first, since afterwards this one holds the GPU."""
+    options = tyro.cli(Options)
+    jax.config.update("jax_enable_compilation_cache", False)
+    starts = measure_starts(options) if options.starts else {}
+    args = trudi.resolve(options.training_args())
+    agent = trudi.make_agent(args)
+    keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
+    program, state, compile_seconds = compile_iteration(agent, keys)
+    iteration, state = measure_iteration(program, state, options.repeats)
+    device = agent.mesh.devices.flat[0]
+    memory = peak_memory(device)
+    seconds = {**measure_parts(agent, state, options.repeats), "whole iteration": iteration}
+    steps = args.batch_size * args.num_seeds
+    rates = {name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x)) for name, x in seconds.items()}
+    results = {"args": shown_args(args), "steps": steps, "steps_per_second": rates, "seconds": seconds,
+               "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory}
+    kind = re.sub(r"\W+", "_", device.device_kind.lower())
+    path = pathlib.Path(options.output or RESULTS / f"throughput_{args.env_id}_{kind}.json")
+    write_json(path, results)
+    where = cpu_name() + f", {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    print(report(results, f"{args.env_id}, {args.impl}, {where}"))
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What README and requirements say of the script is so, and the script keeps its form."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import trudi_mjx as trudi
+
+ROOT = pathlib.Path(trudi.__file__).parent
+SCRIPTS = sorted(ROOT.glob("trudi_*.py"))
+NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+
+
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def depth(node):
+    """The deepest nesting of blocks in a function; functions in it count for themselves."""
+    children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.FunctionDef)]
+    return isinstance(node, NESTING) + max(map(depth, children), default=0)
+
+
+def test_every_equation_of_the_table_is_marked_where_it_says():
+    table = dict(re.findall(r"^\| (\d+) \|.*\| `(\w+)` \|$", (ROOT / "README.md").read_text(), re.M))
+    lines = (ROOT / "trudi_mjx.py").read_text().splitlines()
+    marks = {(number, i) for i, line in enumerate(lines, 1) if "#" in line
+             for number in re.findall(r"Eq\. (\d+)", line.split("#", 1)[1])}
+    assert len(table) > 15
+    outer = [node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)]
+    found = {number: node.name for number, i in marks for node in outer if node.lineno <= i <= node.end_lineno}
+    assert found == table
+
+
+def test_readme_has_every_erratum():
+    assert re.findall(r"^\| (E\d+) \|", (ROOT / "README.md").read_text(), re.M) == [f"E{i}" for i in range(1, 19)]
+
+
+def test_requirements_agree_with_the_scripts():
+    header = re.search(r"# /// script\n(.*?)# ///", (ROOT / "trudi_mjx.py").read_text(), re.S)[1]
+    header = tomllib.loads("\n".join(line[2:] for line in header.splitlines()))
+    assert sorted(header["dependencies"]) == (ROOT / "requirements.txt").read_text().splitlines()
+    assert header["requires-python"] == ">=3.11"
+
+
+def test_ruff():
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_help_documents_every_flag():
+    out = subprocess.run([sys.executable, str(ROOT / "trudi_mjx.py"), "--help"], capture_output=True, text=True,
+                         env={"COLUMNS": "200", "PATH": ""}).stdout
+    rows = re.split(r"\n. (?=-)", out)  # one for each flag, however many lines
+    for field in dataclasses.fields(trudi.Args):
+        names = re.compile(rf"--{field.name.replace('_', '-')}\b[^a-z]")
+        row = next((row for row in rows if names.match(row)), None)
+        computed = field.name in ("batch_size", "num_iterations")
+        words = re.findall(r"[a-z]{2,}", row.split("(default")[0]) if row else []
+        assert computed if row is None else len(words) > len(re.findall("[a-z]{2,}", field.name)), field.name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_form(path):
+    for function in functions(path):
+        assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
+        assert depth(function) <= 2, f"{function.name} nests too deep"
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_flag_is_read(path):
+    source = path.read_text()
+    args = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    for field in [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]:
+        assert re.search(rf"\bargs\.{field}\b", source), field

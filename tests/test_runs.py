@@ -1,0 +1,289 @@
+"""The command line as a user runs it: whole runs, interruptions, devices, seeds, bad input. Each run is a process."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import trudi_mjx as trudi
+
+ROOT = pathlib.Path(trudi.__file__).parent
+SMALL = ("--preset cpu --num-envs 16 --num-steps 8 --num-epochs 1 --minibatch-size 64 --hidden-dim 16 --num-diffusion-steps 2 "
+         "--num-eval-envs 2 --total-timesteps 5120 --eval-interval 20 --checkpoint-interval 2").split()
+TIMES = ("wall_time", "charts/SPS")
+
+
+class Runner:
+    """Starts the script with one folder for runs and one cache of compiled programs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def start(self, *flags, **environment):
+        """A started process; programs are compiled without optimisation, which takes a third of the time."""
+        flags = [*flags, "--compilation-cache-dir", str(self.folder / "cache")]
+        if not {"--resume", "--evaluate"} & set(flags):
+            flags += ["--log-dir", str(self.folder / "runs")]
+        xla = f"--xla_backend_optimization_level=0 {environment.pop('XLA_FLAGS', '')}"
+        return subprocess.Popen([sys.executable, str(ROOT / "trudi_mjx.py"), *flags], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, cwd=self.folder,
+                                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, **environment})
+
+    def run(self, *flags, code=0, **environment):
+        """(stdout, stderr) of a process that must end with an exit code."""
+        process = self.start(*flags, **environment)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == code, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-3000:]}"
+        return out, err
+
+    def train(self, *flags, **environment):
+        """The folder of a finished run."""
+        out, _ = self.run(*SMALL, *flags, **environment)
+        return pathlib.Path(out.splitlines()[-1])
+
+    def interrupt(self, number, *flags):
+        """The folder and exit code of a run that gets a signal after its fifth iteration."""
+        before = set((self.folder / "runs").iterdir())
+        process = self.start(*SMALL, *flags)
+        deadline = time.monotonic() + 300
+        folder = None
+        while time.monotonic() < deadline and process.poll() is None and not (folder and len(metrics(folder)) > 5):
+            time.sleep(0.002)
+            folder = next(iter(set((self.folder / "runs").iterdir()) - before), None)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        assert len(metrics(folder)) < 40, "it ended before the signal came"
+        return folder, process.returncode
+
+
+def metrics(folder):
+    """A run's events so far, whole lines only."""
+    path = pathlib.Path(folder, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def curve(folder):
+    """A run's events without the times."""
+    return [{name: x for name, x in event.items() if name not in TIMES} for event in metrics(folder)]
+
+
+def assert_close(a, b, events=3, rtol=2e-3):
+    """The first events of two runs agree up to rounding, which a learner amplifies soon."""
+    assert len(a) >= events and len(b) >= events
+    for one, other in zip(a[:events], b[:events], strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_allclose(one[name], other[name], rtol=rtol, atol=1e-4, err_msg=f"{name} at {one['step']}")
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory):
+    return Runner(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def straight(runner):
+    """A run of 40 iterations that nothing interrupts."""
+    return runner.train()
+
+
+def test_run_folder(straight):
+    assert straight.name.startswith("CartpoleBalance__trudi_mjx__1__")
+    events = metrics(straight)
+    assert [event["step"] for event in events] == [128 * i for i in range(1, 41)]
+    expected = ("charts/SPS losses/critic losses/actor trust_region/kl trust_region/violated trust_region/fresh_kl wall_time "
+                "trust_region/stored_kl trust_region/lambda critic/targets_clipped entropy/alpha entropy/bound").split()
+    assert all(name in event for event in events for name in expected)
+    assert [event["step"] for event in events if "eval/episodic_return" in event] == [2560, 5120]
+    assert all(("charts/episodic_return" in event) == (event["charts/episodes"] > 0) for event in events)
+    saved = json.loads((straight / "args.json").read_text())
+    assert saved["args"]["gamma"] == 0.99 and saved["args"]["v_max"] == 150 and saved["args"]["impl"] == "jax"
+    assert {"jax", "flax", "playground"} <= set(saved["versions"]) and saved["device"] and "git_commit" in saved
+    assert list(straight.glob("events.out.tfevents*"))
+    assert max(int(path.name) for path in (straight / "checkpoints").iterdir()) == 5120
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers(runner, straight):
+    assert curve(runner.train("--seed", "1")) == curve(straight)
+    other = curve(runner.train("--seed", "2"))
+    assert all(a["losses/critic"] != b["losses/critic"] for a, b in zip(other, curve(straight), strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_resumed_run_is_the_straight_one_bit_for_bit(runner, straight, number):
+    folder, code = runner.interrupt(number)
+    assert code == (-9 if number == signal.SIGKILL else 128 + number)
+    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+    logged = metrics(folder)[-1]["step"]
+    assert newest >= logged - 2 * 128 if number == signal.SIGKILL else newest == logged
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99999999, "half a li')
+    out, _ = runner.run("--resume", str(folder))
+    assert out.splitlines()[-1] == str(folder)
+    assert curve(folder) == curve(straight)
+    a, b = trudi.read_checkpoint(str(folder))[0], trudi.read_checkpoint(str(straight))[0]
+    assert a.keys() == b.keys() and len(a) > 50
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_resume_goes_further(runner, straight):
+    folder = runner.folder / "further"
+    shutil.copytree(straight, folder)
+    runner.run("--resume", str(folder), "--total-timesteps", "5376", "--anneal-lr", "False", code=2)  # that would be another curve
+    runner.run("--resume", str(folder), "--total-timesteps", "5376")
+    assert curve(folder)[:40] == curve(straight) and [event["step"] for event in curve(folder)[40:]] == [5248, 5376]
+
+
+@pytest.mark.parametrize("mode", ["ode", "sde", "best-of-k"])
+def test_evaluate(runner, straight, mode):
+    before = sorted(straight.rglob("*"))
+    out, _ = runner.run("--evaluate", str(straight), "--eval-mode", mode, "--best-of-k", "3")
+    result = json.loads(out.splitlines()[-1])
+    assert 0 < result["eval/episodic_return"][0] <= 1000 and result["eval/episodic_length"] == [1000]
+    if mode == "ode":  # the same episodes as the run's own last evaluation
+        np.testing.assert_allclose(result["eval/episodic_return"][0], metrics(straight)[-1]["eval/episodic_return"], rtol=1e-4)
+    assert sorted(straight.rglob("*")) == before
+
+
+def test_seeds_side_by_side_are_the_single_runs(runner, straight):
+    folder = runner.train("--num-seeds", "2")
+    assert_close(curve(folder / "seed_1"), curve(straight))
+    a, b = curve(folder / "seed_1"), curve(folder / "seed_2")
+    assert len(b) == 40 and a[0]["losses/critic"] != b[0]["losses/critic"]
+
+
+def test_two_devices_are_one_device(runner, straight):
+    folder = runner.train("--num-devices", "2", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert_close(curve(folder), curve(straight))
+
+
+def test_loss_that_is_not_finite_stops_the_run(runner, straight):
+    folder = runner.folder / "nan"
+    shutil.copytree(straight, folder)
+    arrays, seconds = trudi.read_checkpoint(str(straight))
+    name = next(name for name in arrays if name.startswith("learner.critic.") and name.endswith("kernel.value"))
+    arrays[name] = np.full_like(arrays[name], np.nan)
+    shutil.rmtree(folder / "checkpoints")
+    trudi.save_checkpoint(folder, arrays, 5120, seconds)
+    _, err = runner.run("--resume", str(folder), "--total-timesteps", "5376", code=1)
+    assert "iteration 41" in err and "not finite" in err
+    assert (folder / "diverged" / "checkpoints" / "5248").is_dir() and not (folder / "checkpoints" / "5248").exists()
+
+
+def test_offline_wandb(runner, monkeypatch):
+    pytest.importorskip("wandb")
+    folder = runner.train("--track", "--total-timesteps", "5120", WANDB_MODE="offline", WANDB_SILENT="true")
+    assert list(folder.glob("wandb/offline-run-*"))
+
+
+def copy_of(runner, run, name):
+    folder = runner.folder / name
+    shutil.copytree(run, folder)
+    return folder
+
+
+def truncated(runner, run):
+    folder = copy_of(runner, run, "truncated")
+    for path in (folder / "checkpoints").rglob("*"):
+        if path.is_file() and path.stat().st_size > 200:
+            path.write_bytes(path.read_bytes()[:100])
+    return ["--resume", str(folder)]
+
+
+def foreign(runner, run):
+    folder = copy_of(runner, run, "foreign")
+    saved = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(saved | {"script": "trudi_maniskill"}))
+    return ["--evaluate", str(folder)]
+
+
+def misfit(runner, run):
+    folder = copy_of(runner, run, "misfit")
+    saved = json.loads((folder / "args.json").read_text())
+    saved["args"]["hidden_dim"] = 8
+    (folder / "args.json").write_text(json.dumps(saved))
+    return ["--resume", str(folder)]
+
+
+BAD = {
+    "--env-id CartpoleBalanc": "CartpoleBalance,",
+    "--minibatch-size 500": "--minibatch-size 500 does not divide",
+    "--num-envs 0": "--num-envs must be positive",
+    "--num-steps -3": "--num-steps must be positive",
+    "--gamma 1.5": "--gamma must lie in",
+    "--v-min 3 --v-max 2": "--v-min < --v-max",
+    "--total-timesteps 100": "is less than",
+    "--device gpu": "no gpu device",
+    "--num-devices 3 --num-envs 18 --num-steps 32 --minibatch-size 96 --num-eval-envs 3": "JAX finds 1",
+    "--resume nowhere": "no run folder",
+}
+
+
+def assert_refused(runner, flags, message):
+    began = time.monotonic()
+    out, err = runner.run(*flags, code=2)
+    assert time.monotonic() - began < 5 * float(os.environ.get("TRUDI_TEST_PATIENCE", "3"))  # test machines are slow at times
+    assert "compiled" not in out
+    assert err.startswith("trudi_mjx.py: error: ") and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_refused_in_one_line(runner, flags):
+    assert_refused(runner, ["--preset", "cpu", *flags.split()], BAD[flags])
+
+
+@pytest.mark.parametrize(("make", "message"), [(truncated, "no readable checkpoint"), (foreign, "trudi_maniskill.py")])
+def test_bad_checkpoint_is_refused_in_one_line(runner, straight, make, message):
+    assert_refused(runner, make(runner, straight), message)
+
+
+def test_checkpoint_of_other_sizes_is_refused(runner, straight):
+    _, err = runner.run(*misfit(runner, straight), code=2)
+    assert err.count("\n") == 1 and "the checkpoint is not of this run" in err
+
+
+def test_changed_argument_is_refused_on_resume(runner, straight):
+    assert_refused(runner, ["--resume", str(straight), "--gamma", "0.9"], "--gamma cannot change")
+
+
+def meshes():
+    import importlib.util
+    package = pathlib.Path(importlib.util.find_spec("mujoco_playground").origin).parent
+    return package / "external_deps" / "mujoco_menagerie"
+
+
+def test_missing_meshes_are_refused_in_one_line(runner):
+    if meshes().exists():
+        pytest.skip("the meshes are here")
+    try:
+        assert_refused(runner, ["--env-id", "G1JoystickRoughTerrain"], "git clone")
+    except AssertionError:
+        import socket
+        try:
+            socket.create_connection(("github.com", 443), timeout=2).close()
+        except OSError:
+            raise
+        pytest.skip("GitHub can be reached")
+
+
+def test_humanoid(runner):
+    if not meshes().exists():
+        pytest.skip(f"G1's meshes are not in {meshes()}")
+    out, _ = runner.run("--env-id", "G1JoystickRoughTerrain", *SMALL, "--num-envs", "2", "--num-steps", "2", "--minibatch-size",
+                        "4", "--total-timesteps", "8", "--num-eval-envs", "1")
+    events = metrics(out.splitlines()[-1])
+    assert [event["step"] for event in events] == [4, 8] and "eval/episodic_return" in events[-1]
+    arrays, _ = trudi.read_checkpoint(out.splitlines()[-1])
+    assert arrays["statistics.moments.state"].shape == (1, 2, 103)
+    assert arrays["statistics.moments.privileged_state"].shape == (1, 2, 216)
+    assert arrays["learner.actor.input.kernel.value"].shape[1] == 103 + 29 + trudi.TIME_FEATURES
+    assert arrays["learner.critic.hidden.0.kernel.value"].shape[1] == 216 + 29
