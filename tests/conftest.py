@@ -1,0 +1,8 @@
+"""What every test shares: JAX on the CPU, the repository on the path, small resolved arguments."""
+
+import os
+import pathlib
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))

@@ -1,0 +1,260 @@
+"""Environments' episodes, observation statistics, the critic's targets."""
+
+import dataclasses
+from collections import namedtuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import Counter, agent_for, lively_actor, small_args
+from scipy.stats import norm
+
+import trudi_mjx as trudi
+
+ENV_IDS = ["CartpoleBalance", "G1JoystickRoughTerrain"]  # one of each suite: atoms on [0, 150] and on [-10, 10]
+
+
+# ----------------------------------------------------------------------------------------------------- HL-Gauss
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_hl_gauss(env_id):
+    args = small_args(env_id=env_id)
+    low, high = (0, 150) if env_id == "CartpoleBalance" else (-10, 10)
+    width = (high - low) / 150
+    returns = np.concatenate([np.random.default_rng(0).uniform(low, high, 50), [low, high, low - 1, high + 1e3, -1e6, 0.0]])
+    centre = np.clip(returns, low, high)[:, None]
+    atoms = low + width * np.arange(151)
+    above, below = norm.cdf(atoms + width / 2, centre, 0.75 * width), norm.cdf(atoms - width / 2, centre, 0.75 * width)
+    expected = (above - below) / (above - below).sum(-1, keepdims=True)
+    target = np.asarray(trudi.hl_gauss(args, jnp.asarray(returns)))
+    np.testing.assert_allclose(target, expected, atol=2e-5)
+    np.testing.assert_allclose(target.sum(-1), 1, atol=1e-5)
+    inside = np.abs(returns - (low + high) / 2) < (high - low) / 2 - 4 * width
+    q = trudi.q_value(args, jnp.log(target + 1e-30))
+    np.testing.assert_allclose(q[inside], returns[inside], atol=0.01 * width)
+    assert np.all(np.isfinite(q))
+
+
+@pytest.mark.parametrize("env_id", ENV_IDS)
+def test_q_starts_near_zero(env_id):
+    for width in (16, 512):
+        args = small_args(env_id=env_id, hidden_dim=width)
+        critic = trudi.Critic(args, 20, 4, trudi.nnx.Rngs(1))
+        keys = jax.random.split(jax.random.PRNGKey(2))
+        logits = critic(jax.random.normal(keys[0], (500, 20)), jax.random.uniform(keys[1], (500, 4), minval=-1))
+        q = np.asarray(trudi.q_value(args, logits))
+        assert np.abs(q).max() < 0.01 * (args.v_max - args.v_min)
+        assert q.std() > 0  # it sees its input
+
+
+def test_critic_descends_to_its_targets():
+    """Cross-entropy is least, the targets' entropy, at the targets themselves."""
+    args = small_args()
+    returns = jnp.array([0.0, 3.3, 77.0, 150.0])
+    batch = trudi.Batch(*[None] * 5, target=returns)
+    entropy = -(trudi.hl_gauss(args, returns) * jnp.log(trudi.hl_gauss(args, returns) + 1e-30)).sum(-1).mean()
+
+    def loss(logits):
+        return trudi.critic_loss(lambda observation, action: logits, args, batch)
+
+    best = jnp.log(trudi.hl_gauss(args, returns) + 1e-30)
+    assert np.isclose(loss(best), entropy, rtol=1e-4)
+    assert np.abs(jax.grad(loss)(best)).max() < 1e-6
+    assert loss(best[::-1]) > entropy + 1
+
+
+# ------------------------------------------------------------------------------------------------ lambda-returns
+def n_step_mixture(args, reward, terminated, truncated, value, bonus):
+    """G^lambda (T,) as the weighted sum of n-step soft returns, each summed from its first reward on."""
+    steps, gamma, td_lambda = len(reward), args.gamma, args.td_lambda
+    target = np.zeros(steps)
+    for t in range(steps):
+        ends = [k for k in range(t, steps) if terminated[k] or truncated[k] or k == steps - 1]
+        longest = ends[0] - t + 1
+        for n in range(1, longest + 1):
+            last = t + n - 1
+            alive = 0.0 if terminated[last] else 1.0
+            total = sum(gamma ** (k - t) * reward[k] for k in range(t, last + 1))
+            total += sum(gamma ** (k - t + 1) * bonus[k] for k in range(t, last))  # earned by the actions at t + 1 ... last
+            total += alive * gamma**n * (bonus[last] + value[last])
+            target[t] += total * (td_lambda ** (n - 1) * (1 - td_lambda) if n < longest else td_lambda ** (n - 1))
+    return target
+
+
+@pytest.mark.parametrize("td_lambda", [0.0, 0.7, 0.95, 1.0])
+def test_lambda_returns_are_the_n_step_mixture(td_lambda):
+    """With a termination, a time-out or both at every one of twelve steps, and at random everywhere."""
+    steps, rng = 12, np.random.default_rng(1)
+    single = np.eye(steps, dtype=bool)
+    none = np.zeros_like(single)
+    chance = rng.random((2, 200, steps)) < np.array([0.15, 0.2])[:, None, None]
+    terminated = np.concatenate([none[:1], single, none, single, chance[0]])
+    truncated = np.concatenate([none[:1], none, single, single, chance[1]])
+    reward, value, bonus = rng.normal(size=(3, *terminated.shape))
+    args = dataclasses.replace(small_args(), td_lambda=td_lambda, gamma=0.9)
+    given = [x.T for x in (reward, terminated, truncated, value, bonus)]
+    target = np.asarray(trudi.lambda_returns(args, *map(jnp.asarray, given))).T
+    expected = [n_step_mixture(args, *row) for row in zip(reward, terminated, truncated, value, bonus, strict=True)]
+    np.testing.assert_allclose(target, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("limit", ["termination", "time-out"])
+def test_values_of_a_constant_reward(limit):
+    """Tabular evaluation, through env_step and lambda_returns, of five-step episodes that pay 1 a step.
+
+    A termination after five steps makes the k-th state worth (1 - 0.9^(5 - k)) / 0.1; a time-out leaves it worth 10.
+    """
+    args = dataclasses.replace(small_args(num_envs=32), gamma=0.9, td_lambda=0.6)
+    agent = agent_for(Counter(5 if limit == "termination" else 1000), args, 5 if limit == "time-out" else 1000)
+    env = trudi.env_reset(agent, jax.random.PRNGKey(0))
+
+    def step(env, _):
+        after, (_, terminated, truncated, after_obs, _) = trudi.env_step(agent, env, jnp.zeros((32, 1)))
+        return after, (env.sim.obs[:, 0].astype(int), terminated, truncated, after_obs[:, 0].astype(int))
+
+    _, (state, terminated, truncated, after) = jax.lax.scan(step, env, None, 40)
+    assert {int(x) for x in np.unique(after)} == {1, 2, 3, 4, 5}
+    ones, acted_in = jnp.ones(state.shape), state == jnp.arange(5)[:, None, None]
+
+    def improve(values, _):
+        values = jnp.append(values, values[4] if limit == "time-out" else 0.0)  # nobody acts in the last state
+        target = trudi.lambda_returns(args, ones, terminated, truncated, values[after], 0 * ones)
+        return jnp.sum(target * acted_in, (1, 2)) / acted_in.sum((1, 2)), None
+
+    values, _ = jax.lax.scan(improve, jnp.zeros(5), None, 80)
+    expected = (1 - 0.9 ** np.arange(5, 0, -1)) / 0.1 if limit == "termination" else np.full(5, 10.0)
+    np.testing.assert_allclose(values, expected, atol=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------- episodes
+def play(agent, env, steps):
+    """Transition's fields from reward on, of every step."""
+    return jax.lax.scan(lambda env, _: trudi.env_step(agent, env, jnp.zeros((agent.args.num_envs, 1))), env, None, steps)
+
+
+def test_episodes_end_and_restart():
+    """Environment e terminates after 3, 4, ... steps, the time limit is 6; clocks start at 0."""
+    args = small_args(num_envs=8, num_eval_envs=8)
+    agent = agent_for(Counter(), args, 6)
+    start = trudi.env_reset(agent, jax.random.PRNGKey(0))
+    limits = jnp.arange(3, 11)
+    sim = start.sim._replace(limit=limits)
+    after, (reward, terminated, truncated, observation, (ended, total, length)) = play(
+        agent, start._replace(sim=sim, reset_to=sim, clock=jnp.zeros(8, int)), 13)
+    for e, limit in enumerate(range(3, 11)):
+        period = min(limit, 6)
+        step = 1 + np.arange(13) % period  # of the present episode, after stepping
+        np.testing.assert_array_equal(reward[:, e], step)
+        np.testing.assert_array_equal(observation[:, e, 0], step)  # the last one too, not the reset's
+        np.testing.assert_array_equal(terminated[:, e], (step == period) & (limit <= 6))
+        np.testing.assert_array_equal(truncated[:, e], (step == period) & (limit > 6))
+        np.testing.assert_array_equal(ended[:, e], step == period)
+        np.testing.assert_array_equal(length[ended[:, e], e], period)
+        np.testing.assert_array_equal(total[ended[:, e], e], period * (period + 1) / 2)
+        now = 13 % period
+        assert (int(after.sim.count[e]), int(after.clock[e]), int(after.length[e])) == (now, now, now)
+        assert float(after.sim.obs[e, 0]) == now
+        assert float(after.total[e]) == now * (now + 1) / 2
+        assert int(after.sim.limit[e]) == limit
+    assert after.clock.dtype == start.clock.dtype
+
+
+def test_buffers_shared_by_all_environments_are_not_reset(monkeypatch):
+    """As MuJoCo Warp has them: without an axis of environments."""
+    sim = {"own": jnp.ones((2, 3)), "shared": jnp.ones(5)}
+    fake = namedtuple("Fake", "data reward done obs")
+    sims = [fake({k: scale * v for k, v in sim.items()}, *[jnp.array([0.0, scale])] * 3) for scale in (1.0, 0.0)]
+    monkeypatch.setattr(trudi, "step_sim", lambda agent, sim, action: sim)
+    zeros = jnp.zeros(2, int)
+    after, _ = trudi.env_step(agent_for(Counter(), small_args(), 9), trudi.EnvState(*sims, zeros, zeros, jnp.zeros(2)), None)
+    np.testing.assert_array_equal(after.sim.data["own"], [[1] * 3, [0] * 3])
+    np.testing.assert_array_equal(after.sim.data["shared"], 1)
+
+
+def test_clocks_start_spread_out_and_first_episodes_are_not_counted():
+    args = small_args(num_envs=512, num_steps=1, minibatch_size=512)
+    agent = agent_for(Counter(), args, 20)
+    start = trudi.env_reset(agent, jax.random.PRNGKey(3))
+    counts = np.bincount(start.clock, minlength=20)
+    assert len(counts) == 20
+    assert counts.min() > 5
+    assert counts.max() < 60
+    np.testing.assert_array_equal(start.length, 0)
+    after, (_, terminated, truncated, _, (ended, _, length)) = play(agent, start, 40)
+    assert not terminated.any()
+    np.testing.assert_array_equal(truncated.sum(0), 2)  # the one begun in the middle, and a whole one
+    np.testing.assert_array_equal(ended[:20].sum(0), start.clock == 0)
+    np.testing.assert_array_equal(ended.sum(0), 1 + (np.asarray(start.clock) == 0))
+    np.testing.assert_array_equal(length[ended], 20)
+
+
+@pytest.mark.parametrize("reset_states", ["fresh", "replayed"])
+def test_episodes_start_from_fresh_states_if_asked(reset_states):
+    class Draws(Counter):
+        def reset(self, key):
+            return super().reset(key)._replace(obs=jax.random.uniform(key, (1,)))
+
+    args = small_args(reset_states=reset_states)
+    agent = agent_for(Draws(), args, 4)
+    env = trudi.env_reset(agent, jax.random.PRNGKey(0))
+    assert len(np.unique(env.sim.obs)) == args.num_envs
+    statistics = trudi.Statistics(jnp.zeros(()), jnp.stack([jnp.zeros(1), jnp.ones(1)]))
+    actor = trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0))
+    run = jax.jit(lambda env, key: trudi.rollout(agent, actor, statistics, env, key))
+    (second, _), first = run(run(env, jax.random.PRNGKey(1))[0], jax.random.PRNGKey(2)), env.reset_to.obs
+    shared = np.isin(second.reset_to.obs, first).sum()
+    assert shared == (args.num_envs if reset_states == "replayed" else 0)
+    assert len(np.unique(second.reset_to.obs)) == args.num_envs
+
+
+def test_rollout_keeps_what_acted():
+    """Chains at the normalised observation, clipped actions, and observations that follow each other."""
+    args = small_args()
+    agent = agent_for(Counter(), args, 5)
+    env = trudi.env_reset(agent, jax.random.PRNGKey(0))
+    statistics = trudi.Statistics(jnp.ones(()), jnp.array([[2.0], [3.99]]))
+    actor = lively_actor(args, 1, 1, seed=0)
+    _, data = jax.jit(lambda env, key: trudi.rollout(agent, actor, statistics, env, key))(env, jax.random.PRNGKey(1))
+    assert data.latents.shape == data.means.shape == (8, 16, 8, 1)
+    assert np.abs(data.action).max() == np.float32(0.999)
+    going_on = ~np.asarray(data.terminated | data.truncated)[:-1]
+    np.testing.assert_array_equal(data.next_observation[:-1][going_on], data.observation[1:][going_on])
+    np.testing.assert_array_equal(data.observation[1:][~going_on], 0)
+    steps, last = actor.step_sizes(), jnp.arctanh(data.action)
+    rows = [x.reshape(128, -1, 1) for x in (data.latents, data.means)]
+    for offset, largest in ((2, 1e-5), (0, np.inf)):
+        kl = trudi.trajectory_kl(actor, (data.observation.reshape(128, 1) - offset) / 2, *rows, steps)
+        assert 0 <= np.abs(kl).max() < largest
+    assert np.abs(kl).max() > 1e-3  # it matters what the actor saw
+    inside = np.abs(data.action) < 0.99
+    deviation = np.asarray((last - data.means[:, :, 0]) / np.sqrt(2 * steps[0]))[inside]
+    assert 0.5 < deviation.std() < 1.5  # a^0 was drawn around the first mean
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+def test_statistics_of_batches_are_those_of_their_union():
+    rng = np.random.default_rng(2)
+    kinds = ((5, 1, 8), (-3, 10, 1), (100, 0.1, 30), (0, 2, 4))
+    batches = [rng.normal(loc, scale, (steps, 16, 3)) for loc, scale, steps in kinds]
+    empty = jnp.zeros((2, 3))
+    statistics = trudi.Statistics(jnp.zeros(()), {"state": empty, "privileged_state": empty[:, :2]})
+    for batch in batches:
+        observations = {"state": jnp.asarray(batch), "privileged_state": jnp.asarray(2 * batch[..., :2])}
+        statistics = trudi.update_statistics(statistics, observations)
+    union = np.concatenate([batch.reshape(-1, 3) for batch in batches])
+    assert statistics.count == len(union)
+    moments = np.stack([union.mean(0), union.var(0)])
+    np.testing.assert_allclose(statistics.moments["state"], moments, rtol=1e-4)
+    np.testing.assert_allclose(statistics.moments["privileged_state"], [2 * moments[0, :2], 4 * moments[1, :2]], rtol=1e-4)
+
+
+def test_normalized_observations():
+    statistics = trudi.Statistics(jnp.ones(()), jnp.array([[1.0, 0.0, 5.0], [3.99, 0.0, 1.0]]))
+    observation = jnp.array([[3.0, 0.05, 1e6], [1.0, -0.1, -1e6]])
+    np.testing.assert_allclose(trudi.normalize(statistics, observation), [[1, 0.5, 10], [0, -1, -10]], rtol=1e-5)
+
+
+def test_privileged_observations_are_the_critics():
+    seen = trudi.views({"state": jnp.zeros((2, 3)), "privileged_state": jnp.ones((2, 5))})
+    assert [x.shape for x in seen] == [(2, 3), (2, 5)]
+    assert [x.shape for x in trudi.views(jnp.zeros((2, 4)))] == [(2, 4), (2, 4)]
