@@ -81,7 +81,7 @@ GRID = np.linspace(-16, 16, 1601)
 
 
 def density_after(h, drift):
-    """The density of a^0 on GRID, pushed from the prior through the N Gaussian kernels of method.md; drift(n, grid) is f."""
+    """The density of a^0 on GRID, pushed from the prior through the N Gaussian kernels; drift(n, grid) is f."""
     width = GRID[1] - GRID[0]
     density = norm.pdf(GRID, scale=SIGMA)
     for n in range(len(h), 0, -1):

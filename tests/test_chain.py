@@ -29,7 +29,7 @@ def last_latents(chain, noise, h):
 
 def test_step_sizes():
     actor = trudi.Actor(small_args(), 3, 2, trudi.nnx.Rngs(0))
-    table = [0.00480, 0.01814, 0.03813, 0.06178, 0.08555, 0.10588, 0.11971, 0.12498]  # worked out by hand, n = 1 ... 8
+    table = [0.00480, 0.01814, 0.03813, 0.06178, 0.08555, 0.10588, 0.11971, 0.12498]  # by hand, n = 1 ... 8
     np.testing.assert_allclose(actor.step_sizes(), np.stack([table, table], -1), atol=6e-6)
     actor.raw_friction[...] = jnp.log(jnp.expm1(jnp.array([2.0, 0.5])))
     np.testing.assert_allclose(actor.step_sizes(), schedule(8, np.array([2.0, 0.5])), rtol=1e-5)
