@@ -74,8 +74,8 @@ def test_prior_has_the_stated_std():
 
 
 def test_noising_kernels_have_the_stated_mean_and_variance():
-    """Weighted by noising over generative density, a^(n-1) given a^n is normal: k = 1 - h / s^2, mean a^n / k, variance 2h / k^2.
-
+    """Weighted by noising over generative density, a^(n-1) given a^n is normal with k = 1 - h / s^2, mean a^n / k, variance
+    2h / k^2.
     The weights' mean is 1 / k. A bound of one step is their logarithm plus terms known exactly.
     """
     draws = 200_000
