@@ -13,6 +13,7 @@ their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E env
 steps, A action dimensions, K seeds. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -620,7 +621,9 @@ def write_video(agent: Agent, path: pathlib.Path, poses: Pose, alive: np.ndarray
     frame = namedtuple("Frame", "data")
     states = [frame(Pose(*(x[t] for x in poses))) for t in range(0, int(alive.sum()), stride)]
     path.parent.mkdir(exist_ok=True)
-    mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # Playground's own progress bar
+        frames = agent.env.render(states)
+    mediapy.write_video(path, frames, fps=1 / (stride * agent.env.dt))
 
 def parse() -> tuple[Args, dict[str, np.ndarray], dict[str, float]]:
     """Resolved arguments and, with --resume or --evaluate, a checkpoint's arrays and the seconds spent on it."""
