@@ -98,6 +98,16 @@ def test_lambda_returns_are_the_n_step_mixture(td_lambda):
     np.testing.assert_allclose(target, expected, atol=2e-5)
 
 
+def test_a_termination_cuts_off_what_is_not_finite():
+    """Of a simulation that diverged, the value after its end is NaN."""
+    args, zeros = small_args(), jnp.zeros((3, 1))
+    terminated = jnp.array([[False], [True], [False]])
+    values = jnp.where(terminated, jnp.nan, 1.0)
+    target = trudi.lambda_returns(args, zeros + 1, terminated, terminated & False, values, values)
+    assert np.isfinite(target).all()
+    assert target[1, 0] == 1
+
+
 @pytest.mark.parametrize("limit", ["termination", "time-out"])
 def test_values_of_a_constant_reward(limit):
     """Tabular evaluation, through env_step and lambda_returns, of five-step episodes that pay 1 a step.
