@@ -758,7 +758,7 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, seconds: di
 
 def main() -> None:
     """Parse, compile, then train, resume or evaluate."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
     args, arrays, seconds = parse()
