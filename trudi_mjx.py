@@ -657,20 +657,21 @@ def make_agent(args: Args) -> Agent:
               for kind, size in zip((Actor, Critic), sizes, strict=True)]
     return Agent(args, env, time_limit, mesh, *graphs)
 
-def compile_programs(agent: Agent, keys: jax.Array) -> tuple[Any, Any, TrainState, TrainState, Any]:
-    """`iterate` and `evaluate` compiled for all seeds at once, keys (K, 2); the state's shapes, shardings and `init_state`."""
+def lay_out(agent: Agent, keys: jax.Array) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the training state of all seeds, keys (K, 2): environments are split over the devices."""
     whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
-    init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
-    abstract = jax.eval_shape(init, keys)
-    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, abstract.env)
-    shardings = jax.tree.map(lambda _: whole, abstract)._replace(env=env)
+    shapes = jax.eval_shape(jax.vmap(functools.partial(init_state, agent)), keys)
+    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, shapes.env)
+    return shapes, jax.tree.map(lambda _: whole, shapes)._replace(env=env)
+
+def compile_programs(agent: Agent, shapes: TrainState, shardings: TrainState) -> tuple[Any, Any]:
+    """`iterate` and `evaluate`, compiled for all seeds at once."""
+    whole = NamedSharding(agent.mesh, PartitionSpec())
+    run, judge = (jax.vmap(functools.partial(f, agent)) for f in (iterate, evaluate))
     run = jax.jit(run, in_shardings=(shardings,), out_shardings=(shardings, whole), donate_argnums=0)
     judge = jax.jit(judge, in_shardings=(whole, whole, whole), out_shardings=whole)
-    run = None if agent.args.evaluate else run.lower(abstract).compile()
-    judge = judge.lower(abstract.learner, abstract.statistics, keys).compile()
-    # It runs once, so XLA need not spend longer on it than it takes.
-    init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})
-    return run, judge, abstract, shardings, init
+    return (None if agent.args.evaluate else run.lower(shapes).compile(),
+            judge.lower(shapes.learner, shapes.statistics, shapes.key).compile())
 
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
@@ -769,8 +770,12 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, began = make_agent(args), time.perf_counter()
     keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
-    step, judge, abstract, shardings, init = compile_programs(agent, keys)
-    state = fill_state(abstract, arrays, shardings) if arrays else init(keys)
+    shapes, shardings = lay_out(agent, keys)
+    # The initial state is made once, so XLA need not spend longer on that program than it takes.
+    init = jax.jit(jax.vmap(functools.partial(init_state, agent)), out_shardings=shardings,
+                   compiler_options={"xla_backend_optimization_level": 0})
+    state = fill_state(shapes, arrays, shardings) if arrays else init(keys)
+    step, judge = compile_programs(agent, shapes, shardings)
     seconds["compile"] = time.perf_counter() - began
     print(f"compiled in {seconds['compile']:.1f} s", flush=True)
     if args.evaluate:

@@ -188,9 +188,14 @@ def probe():
     args = small_args(env_id="G1JoystickRoughTerrain", num_envs=16, num_steps=8, minibatch_size=128, num_epochs=1, gamma=0.5,
                       num_diffusion_steps=2, actor_learning_rate=3e-3, critic_learning_rate=3e-3, total_timesteps=16 * 8 * 300)
     agent = agent_for(EndOrTimeOut(), args, 3)
-    state = jax.jit(lambda key: trudi.init_state(agent, key))(jax.random.PRNGKey(1))
-    state, metrics = jax.jit(lambda state: jax.lax.scan(lambda s, _: trudi.iterate(agent, s), state, None, 300))(state)
-    return agent, state, metrics
+    start = jax.jit(lambda key: trudi.init_state(agent, key))(jax.random.PRNGKey(1))
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, _: trudi.iterate(agent, s), state, None, 300))
+
+    def advance(state):  # of arrays like the first ones, so that it is compiled once
+        values = zip(jax.tree.leaves(start), jax.tree.leaves(state), strict=True)
+        return run(jax.tree.unflatten(jax.tree.structure(start), [old.at[...].set(new) for old, new in values]))
+
+    return agent, *advance(start), start, advance
 
 
 def test_kl_is_zero_before_an_iterations_first_update(probe):
@@ -202,10 +207,30 @@ def test_kl_is_zero_before_an_iterations_first_update(probe):
     np.testing.assert_array_equal(probe[2]["trust_region/violated"], 0)
 
 
+def test_kl_is_zero_while_statistics_move(probe):
+    """The observations' mean moves from 5 to 2.75 within the iteration, of an actor that sees the difference."""
+    agent, _, _, start, advance = probe
+    actor = trudi.nnx.state(lively_actor(agent.args, 1, 1, seed=5))
+    statistics = trudi.Statistics(jnp.array(128.0), jnp.array([[5.0], [9.0]]))
+    learner = start.learner._replace(actor=actor)
+    state, metrics = advance(start._replace(learner=learner, statistics=statistics, iteration=jnp.ones((), int)))
+    assert np.abs(metrics["trust_region/kl"]).max() < 1e-5
+    assert float(state.statistics.count) == 301 * 128
+
+
+def test_first_rollout_seeds_the_statistics(probe):
+    """Before anything is learned from it: whatever moments of no observations say, the first iteration is the same."""
+    _, _, metrics, start, advance = probe
+    statistics = trudi.Statistics(jnp.zeros(()), jnp.array([[100.0], [7.0]]))
+    _, others = advance(start._replace(statistics=statistics))
+    for name in ("losses/critic", "losses/actor", "critic/target"):
+        np.testing.assert_allclose(others[name][:2], metrics[name][:2], rtol=1e-3, atol=1e-4)
+
+
 def test_values_of_a_termination_and_of_a_time_out(probe):
     """Rewards of 1 until a termination after one step are worth 1; until time-outs, 1 / (1 - 0.5) = 2, and the entropy bonus
     of at most 0.7 alpha a step."""
-    agent, state, metrics = probe
+    agent, state, metrics, *_ = probe
     kinds = jnp.array([[1.0], [0.0]])  # terminates, never does
     seen = trudi.normalize(state.statistics, jnp.repeat(kinds, 50, 0))
     action = jnp.tile(jnp.linspace(-0.9, 0.9, 50)[:, None], (2, 1))
@@ -217,7 +242,7 @@ def test_values_of_a_termination_and_of_a_time_out(probe):
 
 
 def test_iterations_count_and_metrics_are_finite(probe):
-    agent, state, metrics = probe
+    agent, state, metrics, *_ = probe
     assert int(state.iteration) == 300
     assert float(state.statistics.count) == 300 * 128
     for name, values in metrics.items():

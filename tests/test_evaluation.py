@@ -1,0 +1,85 @@
+"""Evaluation: its three ways to act, and its episodes."""
+
+import dataclasses
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import SIGMA, Counter, EndOrTimeOut, agent_for, schedule, small_args
+
+import trudi_mjx as trudi
+
+STATES = 3000
+
+
+def critic(observation, action):
+    """Logits of a critic with atoms at -1 and 1 whose expectation is the action itself."""
+    p = (jnp.clip(action[:, 0], -0.999, 0.999) + 1) / 2
+    return jnp.stack([jnp.zeros_like(p), jnp.log(p / (1 - p))], -1)
+
+
+def actions(**changes):
+    """Of the untrained policy, which is symmetric, in as many states."""
+    args = small_args(num_atoms=2, v_min=-1.0, v_max=1.0, **changes)
+    statistics = trudi.Statistics(jnp.ones(()), jnp.array([[0.0], [1.0]]))
+    networks = trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0)), critic
+    agent = agent_for(Counter(), args, 3)
+    return np.asarray(jax.jit(lambda key: trudi.evaluation_action(agent, networks, statistics, jnp.zeros((STATES, 1)), key))(
+        jax.random.PRNGKey(1)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 10])
+def test_best_of_k_has_the_largest_q(k):
+    """The best of K symmetric draws is negative in one case of 2^K."""
+    u = actions(eval_mode="best-of-k", best_of_k=k)
+    assert u.shape == (STATES, 1)
+    np.testing.assert_allclose(np.mean(u < 0), 0.5**k, atol=4 * np.sqrt(0.25 / STATES) if k < 10 else 0.005)
+
+
+def test_sde_is_one_sample():
+    np.testing.assert_allclose(np.mean(actions(eval_mode="sde", best_of_k=10) < 0), 0.5, atol=4 * np.sqrt(0.25 / STATES))
+
+
+@pytest.mark.parametrize("c", [0.5, 1.0])
+def test_ode_scales_the_noise(c):
+    """With f = 0 by the product of 1 + (1 - 2c) h / s^2."""
+    scale = SIGMA * np.prod(1 + (1 - 2 * c) * schedule(8) / SIGMA**2)
+    median = np.median(np.abs(np.arctanh(np.clip(actions(ode_score_scale=c), -0.99999, 0.99999))))
+    np.testing.assert_allclose(median, 0.6745 * scale, rtol=0.05)
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """Of 64 episodes: half terminate after one step, the others last until the time limit of three; 1 is paid a step."""
+    args = small_args(num_eval_envs=64, num_diffusion_steps=2)
+    agent = agent_for(EndOrTimeOut(), args, 3)
+    state = jax.jit(lambda key: trudi.init_state(agent, key))(jax.random.PRNGKey(0))
+    metrics, _ = jax.jit(lambda key: trudi.evaluate(agent, state.learner, state.statistics, key))(jax.random.PRNGKey(2))
+    names = {*metrics, *jax.eval_shape(lambda: trudi.iterate(agent, state))[1]}
+    return {name: float(x) for name, x in metrics.items()}, names
+
+
+def test_episodes_count_up_to_their_end(evaluated):
+    metrics, _ = evaluated
+    long = (metrics["eval/episodic_length"] - 1) / 2  # the share of those that last three steps
+    assert 0.3 < long < 0.7
+    assert np.isclose(long * 64, round(long * 64), atol=1e-4)
+    assert np.isclose(metrics["eval/episodic_return"], 1 + 2 * long)
+    assert np.isclose(metrics["eval/episodic_return_std"], 2 * np.sqrt(long * (1 - long)))
+
+
+def test_readme_names_metrics_that_are_logged(evaluated):
+    text = (pathlib.Path(trudi.__file__).parent / "README.md").read_text()
+    named = set(re.findall(r"`((?:charts|losses|eval|trust_region|entropy|critic)/\w+)`", text))
+    assert named
+    assert named <= evaluated[1] | {"charts/SPS"}
+
+
+def test_presets_are_flags():
+    """What SUITE and PRESET set are arguments that wait for them."""
+    waiting = {field.name for field in dataclasses.fields(trudi.Args) if field.default is None}
+    for table in (*trudi.SUITE.values(), *trudi.PRESET.values()):
+        assert set(table) <= waiting

@@ -1,0 +1,151 @@
+"""What cannot work is refused before anything is compiled: every number, damaged and foreign runs, missing meshes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from probes import small_args
+
+import trudi_mjx as trudi
+
+ROOT = pathlib.Path(trudi.__file__).parent
+SIZES = dict(preset="cpu", num_envs=16, num_steps=8, minibatch_size=64, num_eval_envs=4, total_timesteps=1280)
+POSITIVE = ("num_seeds num_devices total_timesteps num_envs num_steps num_epochs minibatch_size max_grad_norm hidden_dim "
+            "actor_learning_rate critic_learning_rate dual_learning_rate num_diffusion_steps prior_std trust_region_bound "
+            "num_atoms best_of_k eval_interval num_eval_envs checkpoint_interval").split()
+NAN = float("nan")
+SECONDS = {"wall_time": 1.0, "compile": 2.0}
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, of readers that failed
+
+
+def refusal(stop, error):
+    """The one line on stderr of a process or call that ended with exit code 2."""
+    assert stop == 2, error[-2000:]
+    line, = error.splitlines()
+    assert line.startswith("trudi_mjx.py: error: ")
+    return line
+
+
+def refused(*flags, **environment):
+    """The same of the script, started with these flags; it must not take the time to compile."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, ROOT / "trudi_mjx.py", *map(str, flags)], capture_output=True, text=True,
+                          timeout=120, env={**os.environ, **environment})
+    assert "compiled" not in done.stdout
+    line = refusal(done.returncode, done.stderr)
+    assert time.perf_counter() - began < 5 * float(os.environ.get("TRUDI_TEST_PATIENCE", "3"))
+    return line
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+@pytest.mark.parametrize("changes", [
+    *({name: number} for name in POSITIVE for number in (0, -1)),
+    dict(seed=-1), dict(gamma=-0.1), dict(gamma=1.0), dict(gamma=NAN), dict(td_lambda=1.1), dict(ode_score_scale=-1.0),
+    dict(prior_std=NAN), dict(trust_region_bound=NAN), dict(actor_learning_rate=NAN), dict(v_min=5.0, v_max=5.0),
+    dict(v_min=NAN), dict(num_atoms=1), dict(total_timesteps=100), dict(minibatch_size=96), dict(env_id="Cartpole"),
+    dict(num_devices=2)], ids=str)
+def test_values(changes, capsys):
+    trudi.resolve(trudi.Args(**SIZES))  # fine as it is
+    with pytest.raises(SystemExit) as stop:
+        trudi.resolve(trudi.Args(**{**SIZES, **changes}))
+    line = refusal(stop.value.code, capsys.readouterr().err)
+    assert any(flag(name) in line for name in changes) or changes in ({"minibatch_size": 96},)
+
+
+@pytest.mark.parametrize("changes", [dict(num_envs=15), dict(minibatch_size=33), dict(num_eval_envs=3)], ids=str)
+def test_sizes_that_do_not_divide_over_devices(changes):
+    args = dataclasses.replace(trudi.resolve(trudi.Args(**SIZES)), num_devices=2)
+    assert all(holds for holds, _ in trudi.rules(args, 2, 2))
+    broken = [message for holds, message in trudi.rules(dataclasses.replace(args, **changes), 2, 2) if not holds]
+    assert any(flag(name) in message for name in changes for message in broken)
+
+
+@pytest.mark.parametrize("env_id", ["CartpoleBalence", "cartpolebalance", "CartpoleBalance1"])
+def test_the_nearest_tasks_are_offered(env_id, capsys):
+    with pytest.raises(SystemExit):
+        trudi.resolve(trudi.Args(env_id=env_id))
+    assert "CartpoleBalance" in capsys.readouterr().err.replace(env_id, "")
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder, of which the checkpoint holds something else than a training state."""
+    args = dataclasses.asdict(small_args(total_timesteps=128))
+    (tmp_path / "args.json").write_text(json.dumps({"args": args, "script": "trudi_mjx"}))
+    trudi.save_checkpoint(tmp_path, {"a.b": np.arange(1000.0), "c": np.zeros((20, 30))}, 128, SECONDS)
+    return tmp_path
+
+
+def test_what_was_saved_is_read(run):
+    arrays, seconds = trudi.read_checkpoint(str(run))
+    assert seconds == SECONDS
+    assert set(arrays) == {"a.b", "c"}
+    np.testing.assert_array_equal(arrays["a.b"], np.arange(1000.0))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"args": {}, "script": "another"}',
+                                     '{"args": {"env_id": "CartpoleBalance", "wings": 2}, "script": "trudi_mjx"}'])
+@pytest.mark.parametrize("way", ["--resume", "--evaluate"])
+def test_foreign_arguments(content, way, tmp_path, capsys, monkeypatch):
+    (tmp_path / "args.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", way, str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        trudi.parse()
+    assert str(tmp_path) in refusal(stop.value.code, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("damage", ["all truncated", "arrays truncated", "arrays emptied", "no checkpoint", "no folder"])
+def test_damaged_checkpoints(damage, run, capsys, monkeypatch):
+    if damage.startswith("no"):
+        shutil.rmtree(run / "checkpoints" / ("128" if damage == "no checkpoint" else ""))
+    for path in (run / "checkpoints").rglob("*"):
+        if path.is_file() and (damage == "all truncated" or "d" in path.relative_to(run).parts):
+            path.write_bytes(path.read_bytes()[:0 if damage == "arrays emptied" else path.stat().st_size // 2])
+    monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", "--resume", str(run)])
+    with pytest.raises(SystemExit) as stop:
+        trudi.parse()
+    assert str(run) in refusal(stop.value.code, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["gamma", "seed", "num_envs", "hidden_dim", "prior_std", "env_id", "reset_states", "impl"])
+def test_what_a_run_was_started_with_cannot_change(name, run, capsys, monkeypatch):
+    other = dict(env_id="CartpoleSwingup", reset_states="replayed", impl="warp", gamma="0.5").get(name, "32")
+    monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", "--resume", str(run), flag(name), other])
+    with pytest.raises(SystemExit) as stop:
+        trudi.parse()
+    assert f"{flag(name)} cannot change" in refusal(stop.value.code, capsys.readouterr().err)
+
+
+def test_what_a_run_may_change(run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", "--resume", str(run), "--total-timesteps", "384", "--eval-mode", "sde"])
+    args, arrays, _ = trudi.parse()
+    assert (args.total_timesteps, args.num_iterations, args.eval_mode, args.hidden_dim) == (384, 3, "sde", 16)
+    assert set(arrays) == {"a.b", "c"}
+
+
+def test_a_checkpoint_of_something_else(run):
+    """Found out before minutes are spent on compiling for it."""
+    assert "not of this run" in refused("--resume", run, "--compilation-cache-dir", run / "cache")
+
+
+# ------------------------------------------------------------------------------------------------------------ meshes
+def test_missing_meshes(tmp_path):
+    """With a stand-in for Playground that cannot clone them, whether or not this machine reaches GitHub."""
+    package = tmp_path / "mujoco_playground"
+    package.mkdir()
+    (package / "__init__.py").write_text("import subprocess\nraise subprocess.CalledProcessError(128, ['git', 'clone'])\n")
+    line = refused("--env-id", "G1JoystickRoughTerrain", "--preset", "cpu", PYTHONPATH=str(tmp_path))
+    assert "git clone https://github.com/google-deepmind/mujoco_menagerie" in line
+    assert str(package / "external_deps" / "mujoco_menagerie") in line
