@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ import tensorboardX
 import tqdm
 import tyro
 from flax import nnx
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -52,15 +54,14 @@ SUITE = {"dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0), "humanoid": dict(gamma
 PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
     "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
                   actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
-                  eval_interval=15, checkpoint_interval=15, anneal_lr=False),
-    "cpu": dict(total_timesteps=2_000_000, num_envs=256, num_steps=32, num_epochs=4, minibatch_size=512, hidden_dim=64,
-                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=3e-4, num_eval_envs=64,
-                eval_interval=10, checkpoint_interval=10, anneal_lr=True)}
+                  eval_interval=15, checkpoint_interval=15),
+    "cpu": dict(total_timesteps=2_000_000, num_envs=256, num_steps=64, num_epochs=4, minibatch_size=256, hidden_dim=64,
+                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=64,
+                eval_interval=5, checkpoint_interval=5)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
-INITIAL_DUAL = 0.01  # alpha and lambda
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
-PRIOR_LOGITS = 40.0  # scale of the critic's last bias at the start, so that Q starts near 0
+INITIAL_DUAL, PRIOR_LOGITS = 0.01, 40.0  # alpha and lambda at the start; scale of the critic's bias, so that Q starts near 0
 Pose = namedtuple("Pose", "qpos qvel mocap_pos mocap_quat xfrc_applied")  # what a renderer needs
 SCRIPT = pathlib.Path(__file__).stem
 
@@ -75,11 +76,7 @@ class Args:
     num_seeds: int = 1  # independent runs trained side by side in this process
     preset: Literal["paper", "cpu"] = "paper"  # sizes: the paper's Table 5, or small ones for two CPU cores
     impl: Literal["jax", "warp"] | None = None  # simulator, MJX or MuJoCo Warp; default: warp on a GPU, jax elsewhere
-    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
-    num_devices: int = 1  # local devices over which the environments are sharded
     log_dir: str = "runs"  # parent of the run folders
-    compilation_cache_dir: str = "~/.cache/trudi_jax"  # compiled programs are kept here between runs; empty: nowhere
-    total_timesteps: int | None = None  # environment steps of each run, over all its environments
     num_envs: int | None = None  # parallel environments of each run
     num_steps: int | None = None  # steps of each environment in a rollout
     num_epochs: int | None = None  # passes over a rollout
@@ -89,7 +86,6 @@ class Args:
     actor_learning_rate: float | None = None  # of Adam
     critic_learning_rate: float | None = None  # of Adam
     dual_learning_rate: float | None = None  # of Adam, for log alpha and log lambda
-    anneal_lr: bool | None = None  # let actor's and critic's learning rates fall linearly to 0; on in the cpu preset
     max_grad_norm: float = 0.5  # global-norm clip, of actor and critic apart
     reset_states: Literal["fresh", "replayed"] = "fresh"  # episodes start from new states, or from the run's first ones
     hidden_dim: int | None = None  # width of actor and critic
@@ -101,18 +97,23 @@ class Args:
     v_min: float | None = None  # lowest atom of the critic
     v_max: float | None = None  # highest atom of the critic
     num_atoms: int = 151  # atoms of the critic
+    # The flags from here on may differ when a run is continued or evaluated.
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
+    num_devices: int = 1  # local devices over which the environments are sharded
+    compilation_cache_dir: str = "~/.cache/trudi_jax"  # compiled programs are kept here between runs; empty: nowhere
+    total_timesteps: int | None = None  # environment steps of each run, over all its environments
     eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"  # probability-flow ODE, a sample, or the best of K by Q
     ode_score_scale: float = 1.0  # c of the ODE: 0.5 keeps the marginals, 1 is greedier
     best_of_k: int = 10  # K of best-of-k
     eval_interval: int | None = None  # iterations between evaluations; the last one is always followed by one
     num_eval_envs: int | None = None  # episodes in an evaluation
+    checkpoint_interval: int | None = None  # iterations between checkpoints, likewise
+    capture_video: bool = False  # write an mp4 of one episode at each evaluation
     track: bool = False  # log to Weights & Biases too
     wandb_project_name: str = "trudi"  # its project
     wandb_entity: str | None = None  # its team
-    checkpoint_interval: int | None = None  # iterations between checkpoints, likewise
     resume: str | None = None  # run folder to continue, with its own arguments
     evaluate: str | None = None  # run folder to evaluate, without training
-    capture_video: bool = False  # write an mp4 of one episode at each evaluation
     batch_size: tyro.conf.Suppress[int] = 0  # environment steps in an iteration, computed
     num_iterations: tyro.conf.Suppress[int] = 0  # computed; as in CleanRL, steps that do not fill one are left out
 
@@ -135,19 +136,17 @@ def resolve(args: Args) -> Args:
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     size = args.num_envs * args.num_steps
     args = dataclasses.replace(args, batch_size=size, num_iterations=args.total_timesteps // max(size, 1))
-    for holds, message in rules(args, len(devices), args.num_devices * jax.process_count()):
-        if not holds:
-            fail(message)
+    for message in (message for holds, message in rules(args, len(devices)) if not holds):
+        fail(message)
     return args
 
-def rules(args: Args, devices: int, shards: int) -> list[tuple[bool, str]]:
+def rules(args: Args, devices: int) -> list[tuple[bool, str]]:
     """What must hold for resolved arguments, on a host of so many devices, and what to say if it does not."""
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
-    numbers = {k: v for k, v in vars(args).items() if isinstance(v, int | float) and k not in may_be_zero}
-    positive = [(v > 0 or v is False, f"--{k} must be positive, not {v}".replace("_", "-")) for k, v in numbers.items()]
-    divisible = [(v % max(shards, 1) == 0, f"--{k} {v} does not divide over {shards} devices".replace("_", "-"))
-                 for k, v in numbers.items() if k in ("num_envs", "minibatch_size", "num_eval_envs")]
-    return positive + divisible + [
+    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items()
+               if isinstance(v, int | float) and not isinstance(v, bool) and k not in may_be_zero}
+    shards, split = max(args.num_devices * jax.process_count(), 1), ("--num-envs", "--minibatch-size", "--num-eval-envs")
+    return [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
@@ -155,7 +154,8 @@ def rules(args: Args, devices: int, shards: int) -> list[tuple[bool, str]]:
         (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
          f"--num-envs x --num-steps = {args.batch_size}"),
         (args.num_devices <= devices, f"--num-devices {args.num_devices}, but JAX finds {devices} here; on a CPU, "
-         f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more")]
+         f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more"),
+        *((numbers[k] % shards == 0, f"{k} {numbers[k]} does not divide over {shards} devices") for k in split)]
 
 # ----------------------------------------------------------------------------------------------------- environment
 # What stays constant while training; compiled programs close over it. actor and critic are nnx's graph definitions.
@@ -182,46 +182,38 @@ def make_env(args: Args) -> tuple[Any, int]:
              f"git clone https://github.com/google-deepmind/mujoco_menagerie and copy or link it to {meshes}")
     return env, registry.get_default_config(args.env_id).episode_length
 
-def views(observation: Any) -> tuple[jax.Array, jax.Array]:
+def views(observation: Any) -> tuple[Array, Array]:
     """What actor and critic see; tasks with privileged information keep it from the actor."""
     return (observation["state"], observation["privileged_state"]) if isinstance(observation, dict) else (observation,) * 2
 
-def reset_sim(agent: Agent, key: jax.Array, num_envs: int) -> Any:
-    """Initial simulator states, leaves (num_envs, ...); each device computes its own, here and in `step_sim`."""
+def over_envs(agent: Agent, function: Any, *inputs: Any) -> Any:
+    """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments."""
     axis = PartitionSpec("env")
-    reset = jax.shard_map(jax.vmap(agent.env.reset), mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), reset(jax.random.split(key, num_envs)))
+    call = jax.shard_map(jax.vmap(function), mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
 
-def step_sim(agent: Agent, sim: Any, action: jax.Array) -> Any:
-    """Step every simulator with clipped actions (E, A)."""
-    axis = PartitionSpec("env")
-    step = jax.shard_map(jax.vmap(agent.env.step), mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), step(sim, action), sim)
-
-def env_reset(agent: Agent, key: jax.Array) -> EnvState:
+def env_reset(agent: Agent, key: Array) -> EnvState:
     """Start the training environments, their clocks spread over an episode so that time-outs do not coincide."""
     sim_key, clock_key = jax.random.split(key)
-    sim, zeros = reset_sim(agent, sim_key, agent.args.num_envs), jnp.zeros(agent.args.num_envs)
-    clock = jax.random.randint(clock_key, zeros.shape, 0, agent.time_limit)
-    return EnvState(sim, sim, clock, zeros.astype(int), zeros)
+    zeros = jnp.zeros(agent.args.num_envs)
+    sim = over_envs(agent, agent.env.reset, jax.random.split(sim_key, zeros.size))
+    return EnvState(sim, sim, jax.random.randint(clock_key, zeros.shape, 0, agent.time_limit), zeros.astype(int), zeros)
 
-def env_step(agent: Agent, env: EnvState, action: jax.Array) -> tuple[EnvState, tuple]:
+def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tuple]:
     """Step, end and restart episodes; returns the new state and Transition's fields from reward on."""
-    sim = step_sim(agent, env.sim, action)
-    running = (sim, env.clock + 1, env.length + 1, env.total + sim.reward)
-    _, clock, length, total = running
+    sim = over_envs(agent, agent.env.step, env.sim, action)
+    clock, length, total = env.clock + 1, env.length + 1, env.total + sim.reward
     terminated = sim.done > 0
     truncated = (clock >= agent.time_limit) & ~terminated
     done = terminated | truncated
 
-    def restart(initial: jax.Array, current: jax.Array) -> jax.Array:
+    def restart(initial: Array, current: Array) -> Array:
         shared = current.shape[:1] != done.shape  # between environments, as some of MuJoCo Warp's buffers are
         return current if shared else jnp.where(done.reshape(-1, *[1] * (current.ndim - 1)), initial, current)
 
-    initial = (env.reset_to, *jax.tree.map(jnp.zeros_like, running[1:]))
-    sim_now, *counters = jax.tree.map(restart, initial, running)
     outcome = (sim.reward, terminated, truncated, sim.obs, (done & (length == clock), total, length))
-    return EnvState(sim_now, env.reset_to, *counters), outcome
+    sim, counters = jax.tree.map(restart, env.reset_to, sim), (jnp.where(done, 0, x) for x in (clock, length, total))
+    return EnvState(sim, env.reset_to, *counters), outcome
 
 # ------------------------------------------------------------------------------------------ observation statistics
 Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
@@ -230,10 +222,9 @@ def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
     """Merge observations, leaves (T, E, .), into the moments: Welford's update for batches (Chan et al., 1979)."""
     n, m = statistics.count, np.prod(jax.tree.leaves(observations)[0].shape[:2])
 
-    def merge(x: jax.Array, old: jax.Array) -> jax.Array:
-        delta = x.mean((0, 1)) - old[0]
-        variance = (n * old[1] + m * x.var((0, 1)) + delta**2 * n * m / (n + m)) / (n + m)
-        return jnp.stack([old[0] + delta * m / (n + m), variance])
+    def merge(x: Array, old: Array) -> Array:
+        delta, weight = x.mean((0, 1)) - old[0], m / (n + m)
+        return jnp.stack([old[0] + weight * delta, (1 - weight) * (old[1] + weight * delta**2) + weight * x.var((0, 1))])
 
     return Statistics(n + m, jax.tree.map(merge, observations, statistics.moments))
 
@@ -256,14 +247,14 @@ class Actor(nnx.Module):
         self.output = linear(width, action_size, kernel_init=nnx.initializers.zeros)
         self.raw_friction = nnx.Param(jnp.full(action_size, np.log(np.e - 1)))  # softplus makes it 1
 
-    def step_sizes(self) -> jax.Array:
+    def step_sizes(self) -> Array:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
         n = jnp.arange(1, self.num_steps + 1)[:, None] / self.num_steps
         cosine = jnp.cos(jnp.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
         raw = self.raw_friction[...] if self.learn_friction else jax.lax.stop_gradient(self.raw_friction[...])
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / nnx.softplus(raw)
 
-    def embed(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def embed(self, observation: Array) -> tuple[Array, Array]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
         n, half = jnp.arange(1, self.num_steps + 1)[:, None], TIME_FEATURES // 2
         angle = n * 10000.0 ** (-jnp.arange(half) / half)
@@ -272,7 +263,7 @@ class Actor(nnx.Module):
         kernel = self.input.kernel[...]
         return observation @ kernel[:observation.shape[-1]] + self.input.bias[...], time @ kernel[-TIME_FEATURES:]
 
-    def __call__(self, state: jax.Array, time: jax.Array, latent: jax.Array) -> jax.Array:
+    def __call__(self, state: Array, time: Array, latent: Array) -> Array:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
         kernel = self.input.kernel[-TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
         x = state + time + latent @ kernel
@@ -290,7 +281,7 @@ class Critic(nnx.Module):
         self.output = nnx.Linear(width, args.num_atoms, rngs=rngs)
         self.output.bias[...] = PRIOR_LOGITS * hl_gauss(args, jnp.zeros(()))
 
-    def __call__(self, observation: jax.Array, action: jax.Array) -> jax.Array:
+    def __call__(self, observation: Array, action: Array) -> Array:
         """Logits (B, atoms)."""
         x = jnp.concatenate([observation, action], -1)
         for hidden, norm in zip(self.hidden, self.norms, strict=True):
@@ -301,20 +292,20 @@ class Critic(nnx.Module):
 # Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
 Chain = namedtuple("Chain", "action entropy_bound latents means")
 
-def normal_log_prob(x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
+def normal_log_prob(x: Array, mean: Array, variance: Array) -> Array:
     """Log-density of a diagonal Gaussian, summed over the last axis."""
     return -0.5 * jnp.sum((x - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance), -1)
 
-def tanh_log_det(x: jax.Array) -> jax.Array:
+def tanh_log_det(x: Array) -> Array:
     """Sum over the last axis of log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
     return jnp.sum(2 * (jnp.log(2.0) - x - nnx.softplus(-2 * x)), -1)
 
-def sample_chain(actor: Actor, observation: jax.Array, noise: jax.Array, unroll: bool = False) -> Chain:
+def sample_chain(actor: Actor, observation: Array, noise: Array, unroll: bool = False) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
     state, time = actor.embed(observation)
     variance = actor.prior_std**2
 
-    def denoise(latent: jax.Array, step: tuple) -> tuple[jax.Array, tuple]:
+    def denoise(latent: Array, step: tuple) -> tuple[Array, tuple]:
         h, time_n, xi = step
         mean = latent + h * (actor(state, time_n, latent) - latent / variance)  # Eq. 186, discretising Eq. 5
         sample = mean + jnp.sqrt(2 * h) * xi  # Eq. 31
@@ -328,18 +319,18 @@ def sample_chain(actor: Actor, observation: jax.Array, noise: jax.Array, unroll:
     bound = log_ratios.sum(0) - prior + tanh_log_det(last)  # Eq. 117, Eq. 180 (E1: its sign)
     return Chain(jnp.tanh(last), bound, jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
 
-def ode_action(actor: Actor, observation: jax.Array, noise: jax.Array, score_scale: float) -> jax.Array:
+def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: float) -> Array:
     """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
     state, time = actor.embed(observation)
 
-    def flow(latent: jax.Array, step: tuple) -> tuple[jax.Array, None]:
+    def flow(latent: Array, step: tuple) -> tuple[Array, None]:
         h, time_n = step
         score = -latent / actor.prior_std**2 + actor(state, time_n, latent) / 2
         return latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score), None  # Eq. 185, Eq. 187
 
     return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
 
-def trajectory_kl(actor: Actor, observation: jax.Array, latents: jax.Array, means: jax.Array, old_h: jax.Array) -> jax.Array:
+def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array, old_h: Array) -> Array:
     """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): closed
     in every step, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
     state, time = actor.embed(observation)
@@ -349,7 +340,7 @@ def trajectory_kl(actor: Actor, observation: jax.Array, latents: jax.Array, mean
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
 
 # ---------------------------------------------------------------------------------------------- critic and targets
-def hl_gauss(args: Args, returns: jax.Array) -> jax.Array:
+def hl_gauss(args: Args, returns: Array) -> Array:
     """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
     width = (args.v_max - args.v_min) / (args.num_atoms - 1)
     edges = jnp.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1)
@@ -357,24 +348,22 @@ def hl_gauss(args: Args, returns: jax.Array) -> jax.Array:
     cdf = jax.scipy.special.ndtr((edges - centre) / (HL_GAUSS_SIGMA * width))
     return jnp.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
 
-def q_value(args: Args, logits: jax.Array) -> jax.Array:
+def q_value(args: Args, logits: Array) -> Array:
     """Q (...) of the critic's logits (..., atoms)."""
     return nnx.softmax(logits) @ jnp.linspace(args.v_min, args.v_max, args.num_atoms)
 
-def lambda_returns(args: Args, reward: jax.Array, terminated: jax.Array, truncated: jax.Array, value: jax.Array,
-                   bonus: jax.Array) -> jax.Array:
+def lambda_returns(args: Args, reward: Array, terminated: Array, truncated: Array, value: Array, bonus: Array) -> Array:
     """Soft lambda-returns, everything (T, E); `value` is Q and `bonus` alpha l at the true next observations."""
     bootstrap = truncated.at[-1].set(True)  # at a time-out and where the rollout ends
 
-    def step(later: jax.Array, now: tuple) -> tuple[jax.Array, jax.Array]:
+    def step(later: Array, now: tuple) -> tuple[Array, Array]:
         reward, terminated, bootstrap, value, bonus = now
         mixture = jnp.where(bootstrap, value, (1 - args.td_lambda) * value + args.td_lambda * later)
         # Chosen, not multiplied by 0: Playground ends a simulation that has become NaN, and its last value is NaN.
         target = reward + args.gamma * jnp.where(terminated, 0.0, bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
         return target, target
 
-    steps = (reward, terminated, bootstrap, value, bonus)
-    return jax.lax.scan(step, jnp.zeros_like(reward[-1]), steps, reverse=True)[1]
+    return jax.lax.scan(step, jnp.zeros_like(value[-1]), (reward, terminated, bootstrap, value, bonus), reverse=True)[1]
 
 # ------------------------------------------------------------------------------------------------ losses, learning
 # All that learns: parameters of actor and critic, logarithms of the duals, and Adam's moments for the three.
@@ -384,19 +373,16 @@ Batch = namedtuple("Batch", "seen_by_actor seen_by_critic action latents means t
 
 def optimizers(args: Args) -> list[optax.GradientTransformation]:
     """Adam for actor, critic and duals; the first two clip their gradients' global norms."""
-    updates = args.num_iterations * args.num_epochs * args.batch_size // args.minibatch_size
-    rates = [optax.linear_schedule(rate, 0.0 if args.anneal_lr else rate, updates)
-             for rate in (args.actor_learning_rate, args.critic_learning_rate)]
-    clipped = [optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate)) for rate in rates]
+    clipped = [optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate))
+               for rate in (args.actor_learning_rate, args.critic_learning_rate)]
     return [*clipped, optax.adam(args.dual_learning_rate)]
 
-def critic_loss(critic: Critic, args: Args, batch: Batch) -> jax.Array:
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
     """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
     logits = critic(batch.seen_by_critic, batch.action)
     return optax.softmax_cross_entropy(logits, hl_gauss(args, batch.target)).mean()
 
-def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Batch, old_h: jax.Array, noise: jax.Array
-               ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Batch, old_h: Array, noise: Array) -> tuple:
     """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
     alpha, lambda_ = jnp.exp(duals["log_alpha"]), jnp.exp(duals["log_lambda"])
     chain = sample_chain(actor, batch.seen_by_actor, noise, unroll=True)  # as a loop its gradient is 3x slower on a CPU
@@ -406,14 +392,13 @@ def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Bat
     loss = jnp.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
     return loss.mean(), (chain.entropy_bound, kl)
 
-def dual_loss(duals: dict, args: Args, bound: jax.Array, kl: jax.Array, action_size: int) -> jax.Array:
+def dual_loss(duals: dict, args: Args, bound: Array, kl: Array, action_size: int) -> Array:
     """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
     surplus = bound.mean() + args.target_entropy_scale * action_size
     excess = kl.mean() - args.trust_region_bound
     return jnp.exp(duals["log_alpha"]) * surplus - jnp.exp(duals["log_lambda"]) * excess  # Eq. 183, Eq. 184 (E4)
 
-def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: jax.Array, key: jax.Array
-                     ) -> tuple[Learner, dict[str, jax.Array]]:
+def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: Array, key: Array) -> tuple[Learner, dict]:
     """One gradient step each of critic, actor and duals."""
     args, (actor_opt, critic_opt, dual_opt) = agent.args, optimizers(agent.args)
     noise = jax.random.normal(key, (args.num_diffusion_steps + 1, *batch.action.shape))
@@ -421,7 +406,7 @@ def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: jax.Ar
     update, critic_state = critic_opt.update(gradient, learner.critic_opt)
     critic = optax.apply_updates(learner.critic, update)
 
-    def objective(params: Any) -> tuple[jax.Array, tuple]:
+    def objective(params: Any) -> tuple[Array, tuple]:
         networks = nnx.merge(agent.actor, params), nnx.merge(agent.critic, critic)
         return actor_loss(networks[0], args, networks[1], learner.duals, batch, old_h, noise)
 
@@ -435,16 +420,15 @@ def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: jax.Ar
                "trust_region/violated": (kl > args.trust_region_bound).mean()}
     return Learner(actor, critic, duals, actor_state, critic_state, dual_state), metrics
 
-def learn(agent: Agent, learner: Learner, data: Batch, old_h: jax.Array, key: jax.Array
-          ) -> tuple[Learner, dict[str, jax.Array]]:
+def learn(agent: Agent, learner: Learner, data: Batch, old_h: Array, key: Array) -> tuple[Learner, dict[str, Array]]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
     args, sharding = agent.args, NamedSharding(agent.mesh, PartitionSpec("env"))
 
-    def minibatch(learner: Learner, step: tuple[jax.Array, jax.Array]) -> tuple[Learner, dict]:
+    def minibatch(learner: Learner, step: tuple[Array, Array]) -> tuple[Learner, dict]:
         batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[step[0]], sharding), data)
         return update_minibatch(agent, learner, batch, old_h, step[1])
 
-    def epoch(learner: Learner, key: jax.Array) -> tuple[Learner, dict]:
+    def epoch(learner: Learner, key: Array) -> tuple[Learner, dict]:
         order_key, noise_key = jax.random.split(key)
         order = jax.random.permutation(order_key, args.batch_size).reshape(-1, args.minibatch_size)
         return jax.lax.scan(minibatch, learner, (order, jax.random.split(noise_key, len(order))))
@@ -455,7 +439,7 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: jax.Array, key: ja
 # ------------------------------------------------------------------------------------------------------- iteration
 TrainState = namedtuple("TrainState", "learner statistics env key iteration")  # everything that a checkpoint holds
 
-def init_state(agent: Agent, key: jax.Array) -> TrainState:
+def init_state(agent: Agent, key: Array) -> TrainState:
     """Networks, duals, Adam, statistics and environments of one run, from its seed's key."""
     actor_key, critic_key, env_key, key = jax.random.split(key, 4)
     env = env_reset(agent, env_key)
@@ -467,31 +451,39 @@ def init_state(agent: Agent, key: jax.Array) -> TrainState:
     statistics = Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.size)), one))
     return TrainState(Learner(actor, critic, duals, *moments), statistics, env, key, jnp.zeros((), int))
 
-def sample_policy(agent: Agent, actor: Actor, statistics: Statistics, observation: Any, key: jax.Array) -> tuple[Chain, Any]:
+def sample_policy(agent: Agent, actor: Actor, statistics: Statistics, observation: Any, key: Array) -> tuple[Chain, Any]:
     """Chains of the actor at raw observations, and the normalised views of both networks."""
     seen = views(normalize(statistics, observation))
     shape = (agent.args.num_diffusion_steps + 1, len(seen[0]), agent.env.action_size)
     return sample_chain(actor, seen[0], jax.random.normal(key, shape)), seen
 
-def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, key: jax.Array
-            ) -> tuple[EnvState, Transition]:
+def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, key: Array) -> tuple[EnvState, Transition]:
     """Act for T steps with samples of the policy, keeping their chains."""
-    def step(env: EnvState, key: jax.Array) -> tuple[EnvState, Transition]:
+    def step(env: EnvState, key: Array) -> tuple[EnvState, Transition]:
         chain, _ = sample_policy(agent, actor, statistics, env.sim.obs, key)
         action = jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT)
         after, outcome = env_step(agent, env, action)
         return after, Transition(env.sim.obs, action, chain.latents, chain.means, *outcome)
 
     reset_key, key = jax.random.split(key)
-    if agent.args.reset_states == "fresh":  # new ones once a rollout: a reset in every step would double its cost
-        env = env._replace(reset_to=reset_sim(agent, reset_key, agent.args.num_envs))
+    if agent.args.reset_states == "fresh":
+        env = env._replace(reset_to=refill(agent, env.reset_to, reset_key))
     return jax.lax.scan(step, env, jax.random.split(key, agent.args.num_steps))
 
-def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition, key: jax.Array) -> jax.Array:
+def refill(agent: Agent, reset_to: Any, key: Array) -> Any:
+    """Shift new states into the queue that episodes start from, leaves (E, ...), as many as a rollout's time-outs take out:
+    one reset can cost as much as 200 steps (CheetahRun settles for so long)."""
+    num_envs = agent.args.num_envs
+    count = min(num_envs, -(-num_envs * agent.args.num_steps // agent.time_limit))
+    new = jax.vmap(agent.env.reset)(jax.random.split(key, count))
+    return jax.tree.map(lambda old, x: jnp.concatenate([old[count:], x]) if old.shape[:1] == (num_envs,) else old,
+                        reset_to, new)
+
+def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition, key: Array) -> Array:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
     actor, critic = nnx.merge(agent.actor, learner.actor), nnx.merge(agent.critic, learner.critic)
 
-    def next_value(step: tuple) -> tuple[jax.Array, jax.Array]:
+    def next_value(step: tuple) -> tuple[Array, Array]:
         chain, seen = sample_policy(agent, actor, statistics, *step)
         bonus = jnp.exp(learner.duals["log_alpha"]) * chain.entropy_bound
         return q_value(agent.args, critic(seen[1], chain.action)), bonus
@@ -499,7 +491,7 @@ def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data:
     value, bonus = jax.lax.map(next_value, (data.next_observation, jax.random.split(key, agent.args.num_steps)))
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, value, bonus)
 
-def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
     """One iteration: rollout, targets, epochs of updates, observation statistics."""
     args, old = agent.args, state.learner
     rollout_key, target_key, learn_key, check_key, key = jax.random.split(state.key, 5)
@@ -520,11 +512,9 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, jax.
         "charts/episodic_length": jnp.sum(length * ended) / jnp.maximum(ended.sum(), 1)}
     return TrainState(learner, merged, env, key, state.iteration + 1), metrics
 
-def trust_region(agent: Agent, old: Actor, learner: Learner, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+def trust_region(agent: Agent, old: Actor, learner: Learner, batch: Batch, key: Array) -> dict[str, Array]:
     """Duals, and the KL of a whole iteration on one minibatch of states: on stored chains, and on fresh ones of no update."""
-    index_key, key = jax.random.split(key)
-    index = jax.random.choice(index_key, agent.args.batch_size, (agent.args.minibatch_size,), replace=False)
-    batch, new = jax.tree.map(lambda x: x[index], batch), nnx.merge(agent.actor, learner.actor)
+    batch, new = jax.tree.map(lambda x: x[:agent.args.minibatch_size], batch), nnx.merge(agent.actor, learner.actor)
     noise = jax.random.normal(key, (agent.args.num_diffusion_steps + 1, *batch.action.shape))
     fresh = sample_chain(old, batch.seen_by_actor, noise)
     kl = [trajectory_kl(new, batch.seen_by_actor, x.latents, x.means, old.step_sizes()).mean() for x in (batch, fresh)]
@@ -533,8 +523,7 @@ def trust_region(agent: Agent, old: Actor, learner: Learner, batch: Batch, key: 
             "entropy/alpha": duals["log_alpha"], "entropy/friction": nnx.softplus(new.raw_friction[...]).mean()}
 
 # ------------------------------------------------------------------------------------------------------ evaluation
-def evaluation_action(agent: Agent, networks: tuple[Actor, Critic], statistics: Statistics, observation: Any, key: jax.Array
-                      ) -> jax.Array:
+def evaluation_action(agent: Agent, networks: tuple, statistics: Statistics, observation: Any, key: Array) -> Array:
     """Actions (B, A) at raw observations, as --eval-mode says."""
     args, seen = agent.args, views(normalize(statistics, observation))
     if args.eval_mode == "ode":
@@ -545,64 +534,60 @@ def evaluation_action(agent: Agent, networks: tuple[Actor, Critic], statistics: 
     q = jax.vmap(lambda action: q_value(args, networks[1](seen[1], action)))(actions)
     return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
 
-def evaluate(agent: Agent, learner: Learner, statistics: Statistics, key: jax.Array) -> tuple[dict, tuple]:
+def evaluate(agent: Agent, learner: Learner, statistics: Statistics, key: Array) -> tuple[dict, tuple]:
     """Play a full episode in each of --num-eval-envs environments of its own; returns metrics and, for a video, the first
     one's poses (T, ...) and whether its episode was still running (T,)."""
     networks = nnx.merge(agent.actor, learner.actor), nnx.merge(agent.critic, learner.critic)
     reset_key, key = jax.random.split(key)
 
-    def step(carry: tuple, key: jax.Array) -> tuple[tuple, tuple]:
+    def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
         sim, alive, total, length = carry
         action = evaluation_action(agent, networks, statistics, sim.obs, key)
-        sim = step_sim(agent, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
+        sim = over_envs(agent, agent.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
         pose = Pose(*(getattr(sim.data, name)[0] for name in Pose._fields)) if agent.args.capture_video else None
         return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
 
     zeros = jnp.zeros(agent.args.num_eval_envs)
-    start = (reset_sim(agent, reset_key, agent.args.num_eval_envs), zeros == 0, zeros, zeros)
-    (_, _, total, length), frames = jax.lax.scan(step, start, jax.random.split(key, agent.time_limit))
+    sim = over_envs(agent, agent.env.reset, jax.random.split(reset_key, zeros.size))
+    (_, _, total, length), frames = jax.lax.scan(step, (sim, zeros == 0, zeros, zeros), jax.random.split(key, agent.time_limit))
     return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
             "eval/episodic_length": length.mean()}, frames
 
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
     """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "seconds": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
-    return ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(), options=options, item_handlers=handlers)
+    folder = pathlib.Path(run, "checkpoints").resolve()
+    return ocp.CheckpointManager(folder, options=options, item_handlers=ocp.PyTreeCheckpointHandler())
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves if x.size}
 
-def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, seconds: dict[str, float]) -> None:
-    """Write the whole training state and the seconds spent."""
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
+    """Write the whole training state and the seconds that it took."""
     with checkpoints(run, max_to_keep=3) as manager:
-        content = {"state": ocp.args.PyTreeSave(named_leaves(state)), "seconds": ocp.args.JsonSave(seconds)}
-        manager.save(step, args=ocp.args.Composite(**content), force=True)
+        content = {"state": named_leaves(state), "wall_time": np.float64(wall_time)}
+        manager.save(step, args=ocp.args.PyTreeSave(content), force=True)
 
-def read_checkpoint(run: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """The newest checkpoint's arrays by name, and the seconds spent; exits with code 2 if there is none to be read."""
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What the newest checkpoint was given, as NumPy arrays; exits with code 2 if there is none to be read."""
     try:
         with checkpoints(run, read_only=True) as manager:
-            saved = manager.item_metadata(manager.latest_step())["state"].tree
+            saved = manager.item_metadata(manager.latest_step()).tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            content = manager.restore(manager.latest_step(), args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(restore_args=as_numpy), seconds=ocp.args.JsonRestore()))
-            return content["state"], content["seconds"]
+            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
         fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
 
-def fill_state(abstract: TrainState, arrays: dict[str, np.ndarray], shardings: TrainState) -> TrainState:
+def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
     """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run's state."""
-    expected = {name: (x.shape, x.dtype) for name, x in named_leaves(abstract).items()}
-    found = {name: (x.shape, x.dtype) for name, x in arrays.items()}
-    if found != expected:
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    expected, found = ({name: (x.shape, x.dtype) for name, x in d.items()} for d in (named_leaves(shapes), arrays))
+    if wrong := sorted(dict(found.items() ^ expected.items())):
         fail(f"the checkpoint is not of this run: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
     content = iter([arrays[name] for name in expected])
-    return jax.device_put(jax.tree.map(lambda x: next(content) if x.size else np.zeros(x.shape, x.dtype), abstract), shardings)
+    return jax.tree.map(lambda x: next(content) if x.size else np.zeros(x.shape, x.dtype), shapes)
 
 def check_renderer() -> None:
     """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
@@ -615,63 +600,13 @@ def check_renderer() -> None:
 
 def write_video(agent: Agent, path: pathlib.Path, poses: Pose, alive: np.ndarray) -> None:
     """Draw an episode, poses with leaves (T, ...), to an mp4 of at most 30 frames a second."""
-    mediapy = importlib.import_module("mediapy")
-    mediapy.set_ffmpeg(importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe())
-    stride = int(np.ceil(1 / (30 * agent.env.dt)))
-    frame = namedtuple("Frame", "data")
+    mediapy, ffmpeg = importlib.import_module("mediapy"), importlib.import_module("imageio_ffmpeg")
+    mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
+    stride, frame = int(np.ceil(1 / (30 * agent.env.dt))), namedtuple("Frame", "data")
     states = [frame(Pose(*(x[t] for x in poses))) for t in range(0, int(alive.sum()), stride)]
     path.parent.mkdir(exist_ok=True)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # Playground's own progress bar
-        frames = agent.env.render(states)
-    mediapy.write_video(path, frames, fps=1 / (stride * agent.env.dt))
-
-def parse() -> tuple[Args, dict[str, np.ndarray], dict[str, float]]:
-    """Resolved arguments and, with --resume or --evaluate, a checkpoint's arrays and the seconds spent on it."""
-    args = tyro.cli(Args)
-    run = args.resume or args.evaluate
-    if not run:
-        return resolve(args), {}, {"wall_time": 0.0, "compile": 0.0}
-    try:
-        saved = json.loads(pathlib.Path(run, "args.json").read_text())
-        if saved["script"] != SCRIPT:
-            raise ValueError(f"it is of {saved['script']}.py")
-        own = Args(**saved["args"] | {"resume": None, "evaluate": None})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
-    args = tyro.cli(Args, default=own)
-    free = ("device num_devices compilation_cache_dir total_timesteps num_iterations eval_mode ode_score_scale best_of_k track "
-            "eval_interval num_eval_envs wandb_project_name wandb_entity checkpoint_interval resume evaluate capture_video")
-    changed = [name for name, value in vars(args).items() if name not in free.split() and value != getattr(own, name)]
-    if changed:
-        fail(f"--{changed[0].replace('_', '-')} cannot change in a run that exists; it is {getattr(own, changed[0])}")
-    return resolve(args), *read_checkpoint(run)
-
-def make_agent(args: Args) -> Agent:
-    """Load the task, lay out the devices and describe the networks."""
-    env, time_limit = make_env(args)
-    devices = jax.devices(None if args.device == "auto" else args.device)
-    each = len(devices) // jax.process_count()
-    mesh = jax.sharding.Mesh([d for i, d in enumerate(devices) if i % each < args.num_devices], ("env",))
-    sizes = [view.size for view in views(jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs)]
-    graphs = [nnx.graphdef(nnx.eval_shape(lambda kind=kind, size=size: kind(args, size, env.action_size, nnx.Rngs(0))))
-              for kind, size in zip((Actor, Critic), sizes, strict=True)]
-    return Agent(args, env, time_limit, mesh, *graphs)
-
-def lay_out(agent: Agent, keys: jax.Array) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of the training state of all seeds, keys (K, 2): environments are split over the devices."""
-    whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
-    shapes = jax.eval_shape(jax.vmap(functools.partial(init_state, agent)), keys)
-    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, shapes.env)
-    return shapes, jax.tree.map(lambda _: whole, shapes)._replace(env=env)
-
-def compile_programs(agent: Agent, shapes: TrainState, shardings: TrainState) -> tuple[Any, Any]:
-    """`iterate` and `evaluate`, compiled for all seeds at once."""
-    whole = NamedSharding(agent.mesh, PartitionSpec())
-    run, judge = (jax.vmap(functools.partial(f, agent)) for f in (iterate, evaluate))
-    run = jax.jit(run, in_shardings=(shardings,), out_shardings=(shardings, whole), donate_argnums=0)
-    judge = jax.jit(judge, in_shardings=(whole, whole, whole), out_shardings=whole)
-    return (None if agent.args.evaluate else run.lower(shapes).compile(),
-            judge.lower(shapes.learner, shapes.statistics, shapes.key).compile())
+        mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
 
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
@@ -688,15 +623,13 @@ def open_run(folder: pathlib.Path, args: Args, step: int) -> dict[pathlib.Path, 
     if args.track:
         importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
                                               name=folder.name, dir=str(folder), sync_tensorboard=True)
-    seeds = [f"seed_{args.seed + k}" for k in range(args.num_seeds)] if args.num_seeds > 1 else ["."]
-    writers = {folder / seed / "metrics.jsonl": tensorboardX.SummaryWriter(str(folder / seed), purge_step=step + 1)
-               for seed in seeds}
-    for path in writers:
+    folders = [folder / f"seed_{args.seed + k}" for k in range(args.num_seeds)] if args.num_seeds > 1 else [folder]
+    writers = {path / "metrics.jsonl": tensorboardX.SummaryWriter(str(path), purge_step=step + 1) for path in folders}
+    for path in filter(pathlib.Path.exists, writers):
         # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
-        whole.replace(path)
+        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(lines))
+        path.with_suffix(".tmp").replace(path)
     return writers
 
 def log(writers: dict, step: int, wall_time: float, metrics: dict[str, np.ndarray]) -> None:
@@ -709,6 +642,53 @@ def log(writers: dict, step: int, wall_time: float, metrics: dict[str, np.ndarra
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
+# -------------------------------------------------------------------------------------------------------- training
+def parse() -> tuple[Args, dict[str, Any]]:
+    """Resolved arguments and, with --resume or --evaluate, the content of a checkpoint."""
+    args = tyro.cli(Args)
+    run = args.resume or args.evaluate
+    if not run:
+        return resolve(args), {}
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        own = Args(**saved["args"] | {"resume": None, "evaluate": None})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+    args = tyro.cli(Args, default=own)
+    for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
+        if getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
+    return resolve(args), read_checkpoint(run)
+
+def make_agent(args: Args) -> Agent:
+    """Load the task, lay out the devices and describe the networks."""
+    env, time_limit = make_env(args)
+    devices = jax.devices(None if args.device == "auto" else args.device)
+    each = len(devices) // jax.process_count()
+    mesh = jax.sharding.Mesh([d for i, d in enumerate(devices) if i % each < args.num_devices], ("env",))
+    sizes = [view.size for view in views(jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs)]
+    graphs = [nnx.graphdef(nnx.eval_shape(lambda kind=kind, size=size: kind(args, size, env.action_size, nnx.Rngs(0))))
+              for kind, size in zip((Actor, Critic), sizes, strict=True)]
+    return Agent(args, env, time_limit, mesh, *graphs)
+
+def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
+    """The training state of all seeds, new or a checkpoint's, with its environments split over the devices, and `iterate`
+    and `evaluate` compiled for it."""
+    whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
+    init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
+    keys = np.stack([jax.random.PRNGKey(agent.args.seed + k) for k in range(agent.args.num_seeds)])
+    shapes = jax.eval_shape(init, keys)
+    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, shapes.env)
+    shardings = jax.tree.map(lambda _: whole, shapes)._replace(env=env)
+    # The initial state is made once, so XLA need not spend longer on that program than it takes.
+    init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})
+    state = jax.device_put(fill_state(shapes, saved["state"]), shardings) if saved else init(keys)
+    judge = jax.jit(judge, out_shardings=whole).lower(state.learner, state.statistics, jax.device_put(keys, whole)).compile()
+    run = jax.jit(run, out_shardings=(shardings, whole), donate_argnums=0)
+    return state, None if agent.args.evaluate else run.lower(state).compile(), judge
+
 def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, folder: str | pathlib.Path) -> dict:
     """Evaluate every seed with keys of its own, and write the first one's video if asked to."""
     seeds = agent.args.seed + np.arange(agent.args.num_seeds)
@@ -719,16 +699,16 @@ def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, 
         write_video(agent, path, jax.tree.map(lambda x: x[0], poses), alive[0])
     return metrics
 
-def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, seconds: dict[str, float]) -> int:
+def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: float) -> int:
     """The training loop; returns the process's exit code."""
-    args, main, received = agent.args, jax.process_index() == 0, []
+    args, received = agent.args, []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     done, now = int(jax.device_get(state.iteration)[0]), int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{now}")
-    writers = open_run(folder, args, done * args.batch_size) if main else {}
+    writers = open_run(folder, args, done * args.batch_size) if jax.process_index() == 0 else {}
     bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
-    started, code = time.perf_counter() - seconds["wall_time"], 0
+    started, code = time.perf_counter() - wall_time, 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
         state, metrics = iterate(state)
@@ -742,15 +722,14 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, seconds: di
             eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
             bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
             sys.stdout.flush()
-        seconds["wall_time"] = time.perf_counter() - started
-        log(writers, step, seconds["wall_time"], metrics)
+        log(writers, step, time.perf_counter() - started, metrics)
         bar.update()
         code = 128 + received[0] if received else 0
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
             code = 1
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
-            save_checkpoint(folder if finite else folder / "diverged", state, step, seconds)
+            save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
     bar.close()
     for writer in writers.values():
         writer.close()
@@ -762,27 +741,19 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
-    args, arrays, seconds = parse()
+    args, saved = parse()
     if args.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
     if args.capture_video:
         check_renderer()
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, began = make_agent(args), time.perf_counter()
-    keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
-    shapes, shardings = lay_out(agent, keys)
-    # The initial state is made once, so XLA need not spend longer on that program than it takes.
-    init = jax.jit(jax.vmap(functools.partial(init_state, agent)), out_shardings=shardings,
-                   compiler_options={"xla_backend_optimization_level": 0})
-    state = fill_state(shapes, arrays, shardings) if arrays else init(keys)
-    step, judge = compile_programs(agent, shapes, shardings)
-    seconds["compile"] = time.perf_counter() - began
-    print(f"compiled in {seconds['compile']:.1f} s", flush=True)
-    if args.evaluate:
-        metrics = run_evaluation(agent, judge, state, int(jax.device_get(state.iteration)[0]), args.evaluate)
-        print(json.dumps({name: x.tolist() for name, x in metrics.items()}))
-        return
-    sys.exit(train(agent, step, judge, state, seconds))
+    state, iterate, judge = prepare(agent, saved)
+    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    if not args.evaluate:
+        sys.exit(train(agent, iterate, judge, state, float(saved.get("wall_time", 0.0))))
+    metrics = run_evaluation(agent, judge, state, int(jax.device_get(state.iteration)[0]), args.evaluate)
+    print(json.dumps({name: x.tolist() for name, x in metrics.items()}))
 
 if __name__ == "__main__":
     main()

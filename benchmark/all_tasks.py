@@ -42,7 +42,7 @@ class Options(Sizes):
 
 def sizes(run: pathlib.Path) -> dict[str, int]:
     """Numbers of observations (actor's and critic's) and actions, from a run's checkpoint."""
-    arrays, _ = trudi.read_checkpoint(str(run))
+    arrays = trudi.read_checkpoint(str(run))["state"]
     moments = {name.rpartition(".")[2]: x.shape[-1] for name, x in arrays.items() if name.startswith("statistics.moments")}
     actor = moments.get("state", next(iter(moments.values())))
     friction = next(x for name, x in arrays.items() if name.startswith("learner.actor.raw_friction"))  # one per dimension

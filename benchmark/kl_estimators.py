@@ -3,8 +3,7 @@
     python benchmark/kl_estimators.py RUN_DIR [--fresh-chains 1 2 4 8 16]
 
 RUN_DIR is a folder that trudi_mjx.py wrote. Its newest checkpoint is the old policy; one more iteration of training, by the
-script's own functions and with the keys it would use next, makes the new one. (Where an annealed learning rate has come down
-to 0, that of a run twice as long is used for it, i.e. half the initial one.) On states of that iteration's rollout,
+script's own functions and with the keys it would use next, makes the new one. On states of that iteration's rollout,
 KL(old || new) of the trajectories is then estimated
 
 * from the stored chain: `trajectory_kl` on the one chain that acted in that state, as trudi_mjx.py does. The updates were
@@ -64,10 +63,8 @@ class Options:
 def load(options: Options) -> tuple[trudi.Agent, trudi.TrainState, bool]:
     """The agent of a run, one seed's training state from its newest checkpoint, and whether its episodes had to start anew."""
     saved = json.loads(pathlib.Path(options.run, "args.json").read_text())["args"]
-    arrays, _ = trudi.read_checkpoint(options.run)
+    arrays = trudi.read_checkpoint(options.run)["state"]
     again = saved | dict(device=options.device, num_devices=1, impl=options.impl or saved["impl"], resume=None, evaluate=None)
-    if saved["anneal_lr"] and arrays["iteration"][0] >= saved["num_iterations"]:  # its learning rate has come down to 0
-        again["total_timesteps"] *= 2
     agent = trudi.make_agent(trudi.resolve(trudi.Args(**again)))
     keys = np.stack([jax.random.PRNGKey(saved["seed"] + k) for k in range(saved["num_seeds"])])
     abstract = jax.eval_shape(jax.vmap(functools.partial(trudi.init_state, agent)), keys)
@@ -75,9 +72,8 @@ def load(options: Options) -> tuple[trudi.Agent, trudi.TrainState, bool]:
     if restarted:  # the simulators' states are not interchangeable
         abstract = abstract._replace(env=None)
         arrays = {name: x for name, x in arrays.items() if not name.startswith("env.")}
-    whole = NamedSharding(agent.mesh, PartitionSpec())
-    state = trudi.fill_state(abstract, arrays, jax.tree.map(lambda _: whole, abstract))
-    state = jax.tree.map(lambda x: x[options.seed_index], state)
+    state = jax.tree.map(lambda x: x[options.seed_index], trudi.fill_state(abstract, arrays))
+    state = jax.device_put(state, NamedSharding(agent.mesh, PartitionSpec()))
     if restarted:
         state = state._replace(env=jax.jit(functools.partial(trudi.env_reset, agent))(keys[options.seed_index]))
     return agent, state, restarted
@@ -197,10 +193,9 @@ def compare(agent: trudi.Agent, state: trudi.TrainState, options: Options) -> tu
     rows = [{"estimator": kind, "chains": k, **judge(x, reference, epsilon), "seconds": seconds[kind, k]}
             for (kind, k), x in estimates.items()]
     truth, args = reference.mean(0), agent.args
-    left = 1 - int(state.iteration) / args.num_iterations if args.anneal_lr else 1.0
     about = {"env_id": args.env_id, "iteration": int(state.iteration), "states": len(truth), "epsilon": epsilon,
              "minibatch_size": args.minibatch_size, "hidden_dim": args.hidden_dim,
-             "actor_learning_rate": args.actor_learning_rate * left, "action_size": agent.env.action_size,
+             "actor_learning_rate": args.actor_learning_rate, "action_size": agent.env.action_size,
              "reference_chains": options.reference_chains,
              "reference_mean": float(truth.mean()), "reference_above_epsilon": float((truth > epsilon).mean()),
              "gradient_step_seconds": whole}

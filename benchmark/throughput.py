@@ -115,7 +115,7 @@ def measure_parts(agent: trudi.Agent, state: trudi.TrainState, repeats: int) -> 
 
 # -------------------------------------------------------------------------------------------------- whole iteration
 def compile_iteration(agent: trudi.Agent, keys: jax.Array) -> tuple[Callable, trudi.TrainState, dict[str, float]]:
-    """`iterate`, compiled as `trudi_mjx.compile_programs` does; the initial state; seconds of tracing and of compiling."""
+    """`iterate`, compiled as `trudi_mjx.prepare` does; the initial state; seconds of tracing and of compiling."""
     whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
     init, run = (jax.vmap(functools.partial(f, agent)) for f in (trudi.init_state, trudi.iterate))
     abstract = jax.eval_shape(init, keys)

@@ -174,7 +174,7 @@ def test_buffers_shared_by_all_environments_are_not_reset(monkeypatch):
     sim = {"own": jnp.ones((2, 3)), "shared": jnp.ones(5)}
     fake = namedtuple("Fake", "data reward done obs")
     sims = [fake({k: scale * v for k, v in sim.items()}, *[jnp.array([0.0, scale])] * 3) for scale in (1.0, 0.0)]
-    monkeypatch.setattr(trudi, "step_sim", lambda agent, sim, action: sim)
+    monkeypatch.setattr(trudi, "over_envs", lambda agent, step, sim, action: sim)
     zeros = jnp.zeros(2, int)
     after, _ = trudi.env_step(agent_for(Counter(), small_args(), 9), trudi.EnvState(*sims, zeros, zeros, jnp.zeros(2)), None)
     np.testing.assert_array_equal(after.sim.data["own"], [[1] * 3, [0] * 3])
@@ -198,23 +198,23 @@ def test_clocks_start_spread_out_and_first_episodes_are_not_counted():
     np.testing.assert_array_equal(length[ended], 20)
 
 
-@pytest.mark.parametrize("reset_states", ["fresh", "replayed"])
-def test_episodes_start_from_fresh_states_if_asked(reset_states):
+@pytest.mark.parametrize(("reset_states", "time_limit", "kept"), [("fresh", 4, 0), ("fresh", 64, 12), ("replayed", 64, 16)])
+def test_episodes_start_from_fresh_states_if_asked(reset_states, time_limit, kept):
+    """Two rollouts of 16 environments and 8 steps reach 2 * 16 * 8 / time_limit time-outs, at most all twice."""
     class Draws(Counter):
         def reset(self, key):
             return super().reset(key)._replace(obs=jax.random.uniform(key, (1,)))
 
     args = small_args(reset_states=reset_states)
-    agent = agent_for(Draws(), args, 4)
+    agent = agent_for(Draws(), args, time_limit)
     env = trudi.env_reset(agent, jax.random.PRNGKey(0))
     assert len(np.unique(env.sim.obs)) == args.num_envs
     statistics = trudi.Statistics(jnp.zeros(()), jnp.stack([jnp.zeros(1), jnp.ones(1)]))
     actor = trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0))
     run = jax.jit(lambda env, key: trudi.rollout(agent, actor, statistics, env, key))
     (second, _), first = run(run(env, jax.random.PRNGKey(1))[0], jax.random.PRNGKey(2)), env.reset_to.obs
-    shared = np.isin(second.reset_to.obs, first).sum()
-    assert shared == (args.num_envs if reset_states == "replayed" else 0)
-    assert len(np.unique(second.reset_to.obs)) == args.num_envs
+    np.testing.assert_array_equal(second.reset_to.obs[:kept], first[args.num_envs - kept:])
+    assert len(np.unique(np.concatenate([first, second.reset_to.obs]))) == 2 * args.num_envs - kept
 
 
 def test_rollout_keeps_what_acted():

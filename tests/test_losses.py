@@ -170,17 +170,6 @@ def test_gradients_of_actor_and_critic_are_clipped_apart():
         np.testing.assert_allclose(second, -rate, rtol=1e-3)
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_learning_rates_fall_to_zero_if_asked(anneal):
-    """Over all updates of a run: 10 iterations, 4 epochs, 2 minibatches. A constant gradient's update is the rate itself."""
-    args = small_args(anneal_lr=anneal, actor_learning_rate=0.1, critic_learning_rate=0.2)
-    for optimizer, rate in zip(trudi.optimizers(args)[:2], (0.1, 0.2), strict=True):
-        _, updates = jax.lax.scan(lambda state, _, o=optimizer: o.update(jnp.ones(1), state)[::-1],
-                                  optimizer.init(jnp.zeros(1)), None, 80)
-        expected = rate * (1 - np.arange(80) / 80) if anneal else np.full(80, rate)
-        np.testing.assert_allclose(-updates[:, 0], expected, rtol=1e-3)
-
-
 # -------------------------------------------------------------------------------------------------------- iteration
 @pytest.fixture(scope="module")
 def probe():

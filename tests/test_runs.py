@@ -129,7 +129,7 @@ def test_resumed_run_is_the_straight_one_bit_for_bit(runner, straight, number):
     out, _ = runner.run("--resume", str(folder))
     assert out.splitlines()[-1] == str(folder)
     assert curve(folder) == curve(straight)
-    a, b = trudi.read_checkpoint(str(folder))[0], trudi.read_checkpoint(str(straight))[0]
+    a, b = (trudi.read_checkpoint(str(path))["state"] for path in (folder, straight))
     assert a.keys() == b.keys() and len(a) > 50
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
@@ -138,7 +138,7 @@ def test_resumed_run_is_the_straight_one_bit_for_bit(runner, straight, number):
 def test_resume_goes_further(runner, straight):
     folder = runner.folder / "further"
     shutil.copytree(straight, folder)
-    runner.run("--resume", str(folder), "--total-timesteps", "5376", "--anneal-lr", "False", code=2)
+    runner.run("--resume", str(folder), "--total-timesteps", "5376", "--gamma", "0.9", code=2)
     runner.run("--resume", str(folder), "--total-timesteps", "5376")
     assert curve(folder)[:40] == curve(straight) and [event["step"] for event in curve(folder)[40:]] == [5248, 5376]
 
@@ -169,11 +169,12 @@ def test_two_devices_are_one_device(runner, straight):
 def test_loss_that_is_not_finite_stops_the_run(runner, straight):
     folder = runner.folder / "nan"
     shutil.copytree(straight, folder)
-    arrays, seconds = trudi.read_checkpoint(str(straight))
+    saved = trudi.read_checkpoint(str(straight))
+    arrays = saved["state"]
     name = next(name for name in arrays if name.startswith("learner.critic.") and name.endswith("kernel.value"))
     arrays[name] = np.full_like(arrays[name], np.nan)
     shutil.rmtree(folder / "checkpoints")
-    trudi.save_checkpoint(folder, arrays, 5120, seconds)
+    trudi.save_checkpoint(folder, arrays, 5120, saved["wall_time"])
     _, err = runner.run("--resume", str(folder), "--total-timesteps", "5376", code=1)
     assert "iteration 41" in err and "not finite" in err
     assert (folder / "diverged" / "checkpoints" / "5248").is_dir() and not (folder / "checkpoints" / "5248").exists()
@@ -282,7 +283,7 @@ def test_humanoid(runner):
                         "4", "--total-timesteps", "8", "--num-eval-envs", "1", "--reset-states", "replayed")
     events = metrics(out.splitlines()[-1])
     assert [event["step"] for event in events] == [4, 8] and "eval/episodic_return" in events[-1]
-    arrays, _ = trudi.read_checkpoint(out.splitlines()[-1])
+    arrays = trudi.read_checkpoint(out.splitlines()[-1])["state"]
     assert arrays["statistics.moments.state"].shape == (1, 2, 103)
     assert arrays["statistics.moments.privileged_state"].shape == (1, 2, 216)
     assert arrays["learner.actor.input.kernel.value"].shape[1] == 103 + 29 + trudi.TIME_FEATURES
