@@ -54,10 +54,10 @@ SUITE = {"dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0), "humanoid": dict(gamma
 PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
     "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
                   actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
-                  eval_interval=15, checkpoint_interval=15),
-    "cpu": dict(total_timesteps=2_000_000, num_envs=256, num_steps=64, num_epochs=4, minibatch_size=256, hidden_dim=64,
+                  eval_interval=15, checkpoint_interval=15, target_entropy_scale=0.665),
+    "cpu": dict(total_timesteps=2_000_000, num_envs=512, num_steps=64, num_epochs=4, minibatch_size=256, hidden_dim=64,
                 actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=64,
-                eval_interval=5, checkpoint_interval=5)}
+                eval_interval=3, checkpoint_interval=3, target_entropy_scale=1.665)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
@@ -93,7 +93,7 @@ class Args:
     prior_std: float = 2.5  # standard deviation of the noise a^N
     learn_friction: bool = True  # learn the step sizes, one factor for each action dimension
     trust_region_bound: float = 0.1  # epsilon: nats of trajectory KL that a state may move in an iteration
-    target_entropy_scale: float = 0.665  # the target is minus this for each action dimension, in nats
+    target_entropy_scale: float | None = None  # the target is minus this for each action dimension, in nats
     v_min: float | None = None  # lowest atom of the critic
     v_max: float | None = None  # highest atom of the critic
     num_atoms: int = 151  # atoms of the critic
@@ -163,15 +163,13 @@ Agent = namedtuple("Agent", "args env time_limit mesh actor critic")
 # E environments: Playground's states, those that ended episodes continue from, steps towards the time-out, steps and
 # rewards since the last reset. Clock and length differ in the first episode only.
 EnvState = namedtuple("EnvState", "sim reset_to clock length total")
-# A rollout, leaves (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1)
-# under the policy that acted (N, A), the true next observation, and the episodes seen whole that ended here with their
-# returns and lengths.
+# A rollout, leaves (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the
+# policy that acted (N, A), true next observations, and which episodes seen whole ended here, with their returns and lengths.
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
 
 def make_env(args: Args) -> tuple[Any, int]:
     """Load a Playground task; returns it and its time limit in steps. Exits with code 2 if its meshes can't be had."""
-    package = pathlib.Path(importlib.util.find_spec("mujoco_playground").origin).parent
-    meshes = package / "external_deps" / "mujoco_menagerie"
+    meshes = pathlib.Path(importlib.util.find_spec("mujoco_playground").origin).parent / "external_deps" / "mujoco_menagerie"
     try:
         if args.env_id in HUMANOID and not meshes.exists():  # Playground is slow to import, then clones: can it?
             socket.create_connection(("github.com", 443), timeout=2).close()
@@ -556,9 +554,8 @@ def evaluate(agent: Agent, learner: Learner, statistics: Statistics, key: Array)
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
     """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
-    folder = pathlib.Path(run, "checkpoints").resolve()
-    return ocp.CheckpointManager(folder, options=options, item_handlers=ocp.PyTreeCheckpointHandler())
+    return ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(), item_handlers=ocp.PyTreeCheckpointHandler(),
+                                 options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options))
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
@@ -674,8 +671,7 @@ def make_agent(args: Args) -> Agent:
     return Agent(args, env, time_limit, mesh, *graphs)
 
 def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
-    """The training state of all seeds, new or a checkpoint's, with its environments split over the devices, and `iterate`
-    and `evaluate` compiled for it."""
+    """The training state of all seeds, new or a checkpoint's, laid out on the devices; `iterate` and `evaluate` compiled."""
     whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
     init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
     keys = np.stack([jax.random.PRNGKey(agent.args.seed + k) for k in range(agent.args.num_seeds)])
@@ -691,8 +687,8 @@ def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
 
 def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, folder: str | pathlib.Path) -> dict:
     """Evaluate every seed with keys of its own, and write the first one's video if asked to."""
-    seeds = agent.args.seed + np.arange(agent.args.num_seeds)
-    keys = np.stack([jax.random.fold_in(jax.random.PRNGKey(seed), iteration) for seed in seeds])
+    first = [jax.random.PRNGKey(agent.args.seed + k) for k in range(agent.args.num_seeds)]
+    keys = np.stack([jax.random.fold_in(key, iteration) for key in first])
     metrics, (poses, alive) = jax.device_get(judge(state.learner, state.statistics, keys))
     if agent.args.capture_video and jax.process_index() == 0:
         path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
@@ -739,8 +735,9 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
 def main() -> None:
     """Parse, compile, then train, resume or evaluate."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:  # the only one of its variables that JAX itself reads outside of a cluster
+        hosts = {name: int(os.environ[f"JAX_{name.upper()}"]) for name in ("num_processes", "process_id")}
+        jax.distributed.initialize(**hosts)
     args, saved = parse()
     if args.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
