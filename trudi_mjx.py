@@ -738,6 +738,8 @@ def main() -> None:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:  # the only one of its variables that JAX itself reads outside of a cluster
         hosts = {name: int(os.environ[f"JAX_{name.upper()}"]) for name in ("num_processes", "process_id")}
         jax.distributed.initialize(**hosts)
+        # MJX would put its constants on the first host's device, where the others cannot read them.
+        importlib.import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
     args, saved = parse()
     if args.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))

@@ -59,7 +59,7 @@ def train(args, actor, duals):
 @pytest.fixture(scope="module")
 def trained():
     args = small_args(num_atoms=2, v_min=-10.0, v_max=10.0, hidden_dim=32, actor_learning_rate=1.5e-3, dual_learning_rate=3e-3,
-                      num_steps=STATES // 16, minibatch_size=STATES, num_epochs=MINIBATCHES,
+                      target_entropy_scale=0.665, num_steps=STATES // 16, minibatch_size=STATES, num_epochs=MINIBATCHES,
                       total_timesteps=STATES * ITERATIONS)
     duals = {name: jnp.log(trudi.INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
     actor, duals, first = train(args, trudi.Actor(args, 1, 1, trudi.nnx.Rngs(1)), duals)

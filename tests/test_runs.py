@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -164,6 +165,20 @@ def test_seeds_side_by_side_are_the_single_runs(runner, straight):
 def test_two_devices_are_one_device(runner, straight):
     folder = runner.train("--num-devices", "2", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert_close(curve(folder), curve(straight))
+
+
+def test_two_processes_are_one(runner, straight):
+    """As on two hosts: each holds half of the environments, and the first one writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [runner.start(*SMALL, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(rank))
+                 for rank in range(2)]
+    ends = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    first, second = (out.splitlines()[-1] for out, _ in ends)
+    assert first == second
+    assert_close(curve(pathlib.Path(first)), curve(straight))
 
 
 def test_loss_that_is_not_finite_stops_the_run(runner, straight):
