@@ -127,8 +127,10 @@ def resolve(args: Args) -> Args:
     if args.env_id not in DMC + HUMANOID:
         near = difflib.get_close_matches(args.env_id, DMC + HUMANOID, 3, 0.4) or DMC[:3]
         fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # MJX puts its constants on the default device
     try:
-        devices = jax.local_devices(backend=None if args.device == "auto" else args.device)
+        devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
     except RuntimeError as error:
         fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
     defaults = {**SUITE["dmc" if args.env_id in DMC else "humanoid"], **PRESET[args.preset]}
@@ -158,8 +160,8 @@ def rules(args: Args, devices: int) -> list[tuple[bool, str]]:
         *((numbers[k] % shards == 0, f"{k} {numbers[k]} does not divide over {shards} devices") for k in split)]
 
 # ----------------------------------------------------------------------------------------------------- environment
-# What stays constant while training; compiled programs close over it. actor and critic are nnx's graph definitions.
-Agent = namedtuple("Agent", "args env time_limit mesh actor critic")
+# What stays constant while training; compiled programs close over it.
+Agent = namedtuple("Agent", "args env time_limit mesh")
 # E environments: Playground's states, those that ended episodes continue from, steps towards the time-out, steps and
 # rewards since the last reset. Clock and length differ in the first episode only.
 EnvState = namedtuple("EnvState", "sim reset_to clock length total")
@@ -190,6 +192,10 @@ def over_envs(agent: Agent, function: Any, *inputs: Any) -> Any:
     call = jax.shard_map(jax.vmap(function), mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
 
+def reward_of(sim: Any) -> Array:
+    """Rewards (E,). Playground ends a simulation that has become NaN; it pays nothing more, and `iterate` counts such ends."""
+    return jnp.where((sim.done > 0) & jnp.isnan(sim.reward), 0.0, sim.reward)
+
 def env_reset(agent: Agent, key: Array) -> EnvState:
     """Start the training environments, their clocks spread over an episode so that time-outs do not coincide."""
     sim_key, clock_key = jax.random.split(key)
@@ -200,7 +206,8 @@ def env_reset(agent: Agent, key: Array) -> EnvState:
 def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tuple]:
     """Step, end and restart episodes; returns the new state and Transition's fields from reward on."""
     sim = over_envs(agent, agent.env.step, env.sim, action)
-    clock, length, total = env.clock + 1, env.length + 1, env.total + sim.reward
+    reward = reward_of(sim)
+    clock, length, total = env.clock + 1, env.length + 1, env.total + reward
     terminated = sim.done > 0
     truncated = (clock >= agent.time_limit) & ~terminated
     done = terminated | truncated
@@ -209,7 +216,7 @@ def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tupl
         shared = current.shape[:1] != done.shape  # between environments, as some of MuJoCo Warp's buffers are
         return current if shared else jnp.where(done.reshape(-1, *[1] * (current.ndim - 1)), initial, current)
 
-    outcome = (sim.reward, terminated, truncated, sim.obs, (done & (length == clock), total, length))
+    outcome = (reward, terminated, truncated, sim.obs, (done & (length == clock), total, length))
     sim, counters = jax.tree.map(restart, env.reset_to, sim), (jnp.where(done, 0, x) for x in (clock, length, total))
     return EnvState(sim, env.reset_to, *counters), outcome
 
@@ -329,8 +336,8 @@ def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: floa
     return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
 
 def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array, old_h: Array) -> Array:
-    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): closed
-    in every step, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
+    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
+    closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
     state, time = actor.embed(observation)
     h = actor.step_sizes()
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
@@ -357,14 +364,14 @@ def lambda_returns(args: Args, reward: Array, terminated: Array, truncated: Arra
     def step(later: Array, now: tuple) -> tuple[Array, Array]:
         reward, terminated, bootstrap, value, bonus = now
         mixture = jnp.where(bootstrap, value, (1 - args.td_lambda) * value + args.td_lambda * later)
-        # Chosen, not multiplied by 0: Playground ends a simulation that has become NaN, and its last value is NaN.
+        # Chosen, not multiplied by 0: a simulation that has become NaN ends, and its last value is NaN.
         target = reward + args.gamma * jnp.where(terminated, 0.0, bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
         return target, target
 
     return jax.lax.scan(step, jnp.zeros_like(value[-1]), (reward, terminated, bootstrap, value, bonus), reverse=True)[1]
 
 # ------------------------------------------------------------------------------------------------ losses, learning
-# All that learns: parameters of actor and critic, logarithms of the duals, and Adam's moments for the three.
+# All that learns: actor, critic, logarithms of the duals, and Adam's moments for the three. To JAX, networks are pytrees.
 Learner = namedtuple("Learner", "actor critic duals actor_opt critic_opt dual_opt")
 # B states: normalised observations of both networks, and from the rollout actions, old chains and lambda-returns.
 Batch = namedtuple("Batch", "seen_by_actor seen_by_critic action latents means target")
@@ -400,15 +407,11 @@ def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: Array,
     """One gradient step each of critic, actor and duals."""
     args, (actor_opt, critic_opt, dual_opt) = agent.args, optimizers(agent.args)
     noise = jax.random.normal(key, (args.num_diffusion_steps + 1, *batch.action.shape))
-    value, gradient = jax.value_and_grad(lambda p: critic_loss(nnx.merge(agent.critic, p), args, batch))(learner.critic)
+    value, gradient = jax.value_and_grad(critic_loss)(learner.critic, args, batch)
     update, critic_state = critic_opt.update(gradient, learner.critic_opt)
     critic = optax.apply_updates(learner.critic, update)
-
-    def objective(params: Any) -> tuple[Array, tuple]:
-        networks = nnx.merge(agent.actor, params), nnx.merge(agent.critic, critic)
-        return actor_loss(networks[0], args, networks[1], learner.duals, batch, old_h, noise)
-
-    (loss, (bound, kl)), gradient = jax.value_and_grad(objective, has_aux=True)(learner.actor)
+    (loss, (bound, kl)), gradient = jax.value_and_grad(actor_loss, has_aux=True)(
+        learner.actor, args, critic, learner.duals, batch, old_h, noise)
     update, actor_state = actor_opt.update(gradient, learner.actor_opt)
     actor = optax.apply_updates(learner.actor, update)
     gradient = jax.grad(dual_loss)(learner.duals, args, bound, kl, batch.action.shape[-1])
@@ -442,7 +445,7 @@ def init_state(agent: Agent, key: Array) -> TrainState:
     actor_key, critic_key, env_key, key = jax.random.split(key, 4)
     env = env_reset(agent, env_key)
     one = jax.tree.map(lambda x: jnp.zeros_like(x[0]), env.sim.obs)
-    actor, critic = (nnx.state(kind(agent.args, view.size, agent.env.action_size, nnx.Rngs(k)))
+    actor, critic = (kind(agent.args, view.size, agent.env.action_size, nnx.Rngs(k))
                      for kind, view, k in zip((Actor, Critic), views(one), (actor_key, critic_key), strict=True))
     duals = {name: jnp.log(INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
     moments = [o.init(p) for o, p in zip(optimizers(agent.args), (actor, critic, duals), strict=True)]
@@ -470,7 +473,7 @@ def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, k
 
 def refill(agent: Agent, reset_to: Any, key: Array) -> Any:
     """Shift new states into the queue that episodes start from, leaves (E, ...), as many as a rollout's time-outs take out:
-    one reset can cost as much as 200 steps (CheetahRun settles for so long)."""
+    a reset can cost as much as 200 steps (CheetahRun's does). What ends earlier may start from the same state again."""
     num_envs = agent.args.num_envs
     count = min(num_envs, -(-num_envs * agent.args.num_steps // agent.time_limit))
     new = jax.vmap(agent.env.reset)(jax.random.split(key, count))
@@ -479,12 +482,10 @@ def refill(agent: Agent, reset_to: Any, key: Array) -> Any:
 
 def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition, key: Array) -> Array:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
-    actor, critic = nnx.merge(agent.actor, learner.actor), nnx.merge(agent.critic, learner.critic)
-
     def next_value(step: tuple) -> tuple[Array, Array]:
-        chain, seen = sample_policy(agent, actor, statistics, *step)
+        chain, seen = sample_policy(agent, learner.actor, statistics, *step)
         bonus = jnp.exp(learner.duals["log_alpha"]) * chain.entropy_bound
-        return q_value(agent.args, critic(seen[1], chain.action)), bonus
+        return q_value(agent.args, learner.critic(seen[1], chain.action)), bonus
 
     value, bonus = jax.lax.map(next_value, (data.next_observation, jax.random.split(key, agent.args.num_steps)))
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, value, bonus)
@@ -493,8 +494,7 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Arra
     """One iteration: rollout, targets, epochs of updates, observation statistics."""
     args, old = agent.args, state.learner
     rollout_key, target_key, learn_key, check_key, key = jax.random.split(state.key, 5)
-    actor = nnx.merge(agent.actor, old.actor)
-    env, data = rollout(agent, actor, state.statistics, state.env, rollout_key)
+    env, data = rollout(agent, old.actor, state.statistics, state.env, rollout_key)
     # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics that
     # it is learned from with. Later ones take effect in the next rollout: stored means belong to the present ones (E13).
     merged = update_statistics(state.statistics, data.observation)
@@ -502,48 +502,49 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Arra
     target = critic_targets(agent, old, statistics, data, target_key)
     batch = Batch(*views(normalize(statistics, data.observation)), data.action, data.latents, data.means, target)
     batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
-    learner, metrics = learn(agent, old, batch, actor.step_sizes(), learn_key)
+    learner, metrics = learn(agent, old, batch, old.actor.step_sizes(), learn_key)
     ended, total, length = data.episode
-    metrics |= trust_region(agent, actor, learner, batch, check_key) | {
+    metrics |= trust_region(agent, old.actor, learner, batch, check_key) | {
         "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).mean(), "critic/target": target.mean(),
-        "charts/episodes": ended.sum(), "charts/episodic_return": jnp.sum(total * ended) / jnp.maximum(ended.sum(), 1),
+        "charts/simulator_nans": jnp.isnan(views(data.next_observation)[0]).any(-1).sum(), "charts/episodes": ended.sum(),
+        "charts/episodic_return": jnp.sum(total * ended) / jnp.maximum(ended.sum(), 1),
         "charts/episodic_length": jnp.sum(length * ended) / jnp.maximum(ended.sum(), 1)}
     return TrainState(learner, merged, env, key, state.iteration + 1), metrics
 
 def trust_region(agent: Agent, old: Actor, learner: Learner, batch: Batch, key: Array) -> dict[str, Array]:
-    """Duals, and the KL of a whole iteration on one minibatch of states: on stored chains, and on fresh ones of no update."""
-    batch, new = jax.tree.map(lambda x: x[:agent.args.minibatch_size], batch), nnx.merge(agent.actor, learner.actor)
+    """Duals, and the KL of a whole iteration on as many states as a minibatch has: on stored chains, and on fresh ones."""
+    batch = jax.tree.map(lambda x: x[::agent.args.batch_size // agent.args.minibatch_size], batch)
     noise = jax.random.normal(key, (agent.args.num_diffusion_steps + 1, *batch.action.shape))
     fresh = sample_chain(old, batch.seen_by_actor, noise)
-    kl = [trajectory_kl(new, batch.seen_by_actor, x.latents, x.means, old.step_sizes()).mean() for x in (batch, fresh)]
+    stored_kl, fresh_kl = (trajectory_kl(learner.actor, batch.seen_by_actor, x.latents, x.means, old.step_sizes()).mean()
+                           for x in (batch, fresh))
     duals = jax.tree.map(jnp.exp, learner.duals)
-    return {"trust_region/stored_kl": kl[0], "trust_region/fresh_kl": kl[1], "trust_region/lambda": duals["log_lambda"],
-            "entropy/alpha": duals["log_alpha"], "entropy/friction": nnx.softplus(new.raw_friction[...]).mean()}
+    return {"trust_region/stored_kl": stored_kl, "trust_region/fresh_kl": fresh_kl, "trust_region/lambda": duals["log_lambda"],
+            "entropy/alpha": duals["log_alpha"], "entropy/friction": nnx.softplus(learner.actor.raw_friction[...]).mean()}
 
 # ------------------------------------------------------------------------------------------------------ evaluation
-def evaluation_action(agent: Agent, networks: tuple, statistics: Statistics, observation: Any, key: Array) -> Array:
+def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Any, key: Array) -> Array:
     """Actions (B, A) at raw observations, as --eval-mode says."""
     args, seen = agent.args, views(normalize(statistics, observation))
     if args.eval_mode == "ode":
         noise = jax.random.normal(key, (len(seen[0]), agent.env.action_size))
-        return ode_action(networks[0], seen[0], noise, args.ode_score_scale)
+        return ode_action(learner.actor, seen[0], noise, args.ode_score_scale)
     keys = jax.random.split(key, args.best_of_k if args.eval_mode == "best-of-k" else 1)
-    actions = jax.vmap(lambda k: sample_policy(agent, networks[0], statistics, observation, k)[0].action)(keys)
-    q = jax.vmap(lambda action: q_value(args, networks[1](seen[1], action)))(actions)
+    actions = jax.vmap(lambda k: sample_policy(agent, learner.actor, statistics, observation, k)[0].action)(keys)
+    q = jax.vmap(lambda action: q_value(args, learner.critic(seen[1], action)))(actions)
     return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
 
-def evaluate(agent: Agent, learner: Learner, statistics: Statistics, key: Array) -> tuple[dict, tuple]:
+def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
     """Play a full episode in each of --num-eval-envs environments of its own; returns metrics and, for a video, the first
     one's poses (T, ...) and whether its episode was still running (T,)."""
-    networks = nnx.merge(agent.actor, learner.actor), nnx.merge(agent.critic, learner.critic)
-    reset_key, key = jax.random.split(key)
+    reset_key, key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training never folds in so large a number
 
     def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
         sim, alive, total, length = carry
-        action = evaluation_action(agent, networks, statistics, sim.obs, key)
+        action = evaluation_action(agent, state.learner, state.statistics, sim.obs, key)
         sim = over_envs(agent, agent.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
         pose = Pose(*(getattr(sim.data, name)[0] for name in Pose._fields)) if agent.args.capture_video else None
-        return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
+        return (sim, alive & (sim.done == 0), total + jnp.where(alive, reward_of(sim), 0), length + alive), (pose, alive[0])
 
     zeros = jnp.zeros(agent.args.num_eval_envs)
     sim = over_envs(agent, agent.env.reset, jax.random.split(reset_key, zeros.size))
@@ -565,8 +566,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
     """Write the whole training state and the seconds that it took."""
     with checkpoints(run, max_to_keep=3) as manager:
-        content = {"state": named_leaves(state), "wall_time": np.float64(wall_time)}
-        manager.save(step, args=ocp.args.PyTreeSave(content), force=True)
+        manager.save(step, args=ocp.args.PyTreeSave({"state": named_leaves(state), "wall_time": np.float64(wall_time)}))
 
 def read_checkpoint(run: str) -> dict[str, Any]:
     """What the newest checkpoint was given, as NumPy arrays; exits with code 2 if there is none to be read."""
@@ -588,7 +588,6 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 def check_renderer() -> None:
     """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         mujoco = importlib.import_module("mujoco")
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
@@ -660,15 +659,12 @@ def parse() -> tuple[Args, dict[str, Any]]:
     return resolve(args), read_checkpoint(run)
 
 def make_agent(args: Args) -> Agent:
-    """Load the task, lay out the devices and describe the networks."""
+    """Load the task and lay out the devices."""
     env, time_limit = make_env(args)
-    devices = jax.devices(None if args.device == "auto" else args.device)
+    devices = jax.devices()
     each = len(devices) // jax.process_count()
     mesh = jax.sharding.Mesh([d for i, d in enumerate(devices) if i % each < args.num_devices], ("env",))
-    sizes = [view.size for view in views(jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs)]
-    graphs = [nnx.graphdef(nnx.eval_shape(lambda kind=kind, size=size: kind(args, size, env.action_size, nnx.Rngs(0))))
-              for kind, size in zip((Actor, Critic), sizes, strict=True)]
-    return Agent(args, env, time_limit, mesh, *graphs)
+    return Agent(args, env, time_limit, mesh)
 
 def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
     """The training state of all seeds, new or a checkpoint's, laid out on the devices; `iterate` and `evaluate` compiled."""
@@ -678,18 +674,16 @@ def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
     shapes = jax.eval_shape(init, keys)
     env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, shapes.env)
     shardings = jax.tree.map(lambda _: whole, shapes)._replace(env=env)
-    # The initial state is made once, so XLA need not spend longer on that program than it takes.
+    # Runs once: optimising it would take longer.
     init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})
     state = jax.device_put(fill_state(shapes, saved["state"]), shardings) if saved else init(keys)
-    judge = jax.jit(judge, out_shardings=whole).lower(state.learner, state.statistics, jax.device_put(keys, whole)).compile()
+    judge = jax.jit(judge, out_shardings=whole).lower(state).compile()
     run = jax.jit(run, out_shardings=(shardings, whole), donate_argnums=0)
     return state, None if agent.args.evaluate else run.lower(state).compile(), judge
 
 def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, folder: str | pathlib.Path) -> dict:
-    """Evaluate every seed with keys of its own, and write the first one's video if asked to."""
-    first = [jax.random.PRNGKey(agent.args.seed + k) for k in range(agent.args.num_seeds)]
-    keys = np.stack([jax.random.fold_in(key, iteration) for key in first])
-    metrics, (poses, alive) = jax.device_get(judge(state.learner, state.statistics, keys))
+    """Evaluate every seed, and write the first one's video if asked to."""
+    metrics, (poses, alive) = jax.device_get(judge(state))
     if agent.args.capture_video and jax.process_index() == 0:
         path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
         write_video(agent, path, jax.tree.map(lambda x: x[0], poses), alive[0])
@@ -711,7 +705,7 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
         metrics = jax.device_get(metrics)
         done, step = done + 1, (done + 1) * args.batch_size
         metrics["charts/SPS"] = np.full(args.num_seeds, args.batch_size / (time.perf_counter() - began))
-        finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith("losses"))
+        finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith(("losses", "trust")))
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
             metrics |= run_evaluation(agent, judge, state, done, folder)
             returns = ", ".join(f"{x:.1f}" for x in metrics["eval/episodic_return"])
@@ -720,7 +714,7 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
             sys.stdout.flush()
         log(writers, step, time.perf_counter() - started, metrics)
         bar.update()
-        code = 128 + received[0] if received else 0
+        code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max())
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
             code = 1
@@ -734,6 +728,7 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
 
 def main() -> None:
     """Parse, compile, then train, resume or evaluate."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
     if "JAX_COORDINATOR_ADDRESS" in os.environ:  # the only one of its variables that JAX itself reads outside of a cluster
         hosts = {name: int(os.environ[f"JAX_{name.upper()}"]) for name in ("num_processes", "process_id")}

@@ -36,7 +36,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from common import RESULTS, cpu_name, markdown_table, measure, trudi, write_json
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -82,13 +81,12 @@ def one_iteration(agent: trudi.Agent, state: trudi.TrainState) -> tuple[trudi.Le
     """`iterate` up to its updates, with the keys that it would use: what it learned, and the data it learned from."""
     rollout_key, target_key, learn_key, _, _ = jax.random.split(state.key, 5)
     old, statistics = state.learner, state.statistics
-    actor = nnx.merge(agent.actor, old.actor)
-    _, data = trudi.rollout(agent, actor, statistics, state.env, rollout_key)
+    _, data = trudi.rollout(agent, old.actor, statistics, state.env, rollout_key)
     target = trudi.critic_targets(agent, old, statistics, data, target_key)
     seen = trudi.views(trudi.normalize(statistics, data.observation))
     batch = trudi.Batch(*seen, data.action, data.latents, data.means, target)
     batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
-    return trudi.learn(agent, old, batch, actor.step_sizes(), learn_key)[0], batch
+    return trudi.learn(agent, old, batch, old.actor.step_sizes(), learn_key)[0], batch
 
 # ------------------------------------------------------------------------------------------------------- estimators
 # A chain of the old policy in B states: a^1 ... a^N, the means of a^0 ... a^(N-1) and these themselves, (B, N, A) each.
@@ -115,10 +113,8 @@ def log_ratio(new: trudi.Actor, old_h: jax.Array, observation: jax.Array, chain:
 
 ESTIMATE = {"closed": closed_form, "ratio": log_ratio}
 
-def fresh_estimates(agent: trudi.Agent, old: Any, new: Any, observation: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-    """Both fresh estimates of every state on each of several chains, (chains, B); old and new are parameters."""
-    old, new = nnx.merge(agent.actor, old), nnx.merge(agent.actor, new)
-
+def fresh_estimates(old: trudi.Actor, new: trudi.Actor, observation: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+    """Both fresh estimates of every state on each of several chains, (chains, B)."""
     def estimates(key: jax.Array) -> dict[str, jax.Array]:
         chain = old_trajectory(old, observation, key)
         return {kind: estimate(new, old.step_sizes(), observation, chain) for kind, estimate in ESTIMATE.items()}
@@ -135,7 +131,7 @@ def judge(estimates: np.ndarray, reference: np.ndarray, epsilon: float) -> dict[
             "misjudged": float(((estimates <= epsilon) != (truth <= epsilon)).mean())}
 
 # ------------------------------------------------------------------------------------------------------------- time
-def gradient_programs(agent: trudi.Agent, numbers: tuple[int, ...]) -> dict[tuple[str, int], Callable]:
+def gradient_programs(numbers: tuple[int, ...]) -> dict[tuple[str, int], Callable]:
     """For each estimator a compiled function of (new and old parameters, minibatch, key) to mean c and its gradient."""
 
     def stored(new: trudi.Actor, old: trudi.Actor, batch: trudi.Batch, key: jax.Array) -> jax.Array:
@@ -148,7 +144,7 @@ def gradient_programs(agent: trudi.Agent, numbers: tuple[int, ...]) -> dict[tupl
 
     def compiled(c: Callable) -> Callable:
         def mean_c(new: Any, old: Any, batch: trudi.Batch, key: jax.Array) -> jax.Array:
-            return c(nnx.merge(agent.actor, new), nnx.merge(agent.actor, old), batch, key).mean()
+            return c(new, old, batch, key).mean()
 
         return jax.jit(jax.value_and_grad(mean_c))
 
@@ -159,12 +155,12 @@ def time_all(agent: trudi.Agent, old: trudi.Learner, new: trudi.Learner, batch: 
              ) -> tuple[dict[tuple[str, int], list[float]], list[float]]:
     """Seconds of c with its gradient on a minibatch for each estimator, and of a whole gradient step of the script."""
     batch, key = jax.tree.map(lambda x: x[:agent.args.minibatch_size], batch), jax.random.PRNGKey(options.seed)
-    programs = gradient_programs(agent, options.fresh_chains)
+    programs = gradient_programs(options.fresh_chains)
     seconds = {name: [] for name in programs}
     for _ in range(options.repeats):  # in turn, so that a busy machine is unfair to none
         for name, program in programs.items():
             seconds[name] += measure(program, (new.actor, old.actor, batch, key), 1)
-    old_h = nnx.merge(agent.actor, old.actor).step_sizes()
+    old_h = old.actor.step_sizes()
     step = jax.jit(functools.partial(trudi.update_minibatch, agent))
     return seconds, measure(step, (new, batch, old_h, key), options.repeats)
 
@@ -177,12 +173,12 @@ def compare(agent: trudi.Agent, state: trudi.TrainState, options: Options) -> tu
     picked, epsilon = jax.tree.map(lambda x: x[index], batch), agent.args.trust_region_bound
     pool = GROUPS * max(options.fresh_chains)
     keys = jax.random.split(chain_key, options.reference_chains + pool)
-    chains = jax.jit(functools.partial(fresh_estimates, agent))(state.learner.actor, new.actor, picked.seen_by_actor, keys)
+    chains = jax.jit(fresh_estimates)(state.learner.actor, new.actor, picked.seen_by_actor, keys)
     chains = {kind: np.asarray(x, np.float64) for kind, x in chains.items()}
     reference = chains["closed"][:options.reference_chains]
 
-    old_h = nnx.merge(agent.actor, state.learner.actor).step_sizes()
-    stored = closed_form(nnx.merge(agent.actor, new.actor), old_h, picked.seen_by_actor, picked)
+    old_h = state.learner.actor.step_sizes()
+    stored = closed_form(new.actor, old_h, picked.seen_by_actor, picked)
     estimates = {("stored", 1): np.asarray(stored, np.float64)[None]}
     for kind in KINDS:
         for k in options.fresh_chains:

@@ -33,7 +33,6 @@ import jax
 import numpy as np
 import tyro
 from common import RESULTS, Sizes, cpu_name, markdown_table, measure, shown_args, training_command, trudi, write_json
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -90,7 +89,7 @@ def simulate(agent: trudi.Agent, state: trudi.TrainState) -> tuple:
 
 def act(agent: trudi.Agent, state: trudi.TrainState) -> trudi.Transition:
     """A rollout of the policy: its transitions."""
-    return trudi.rollout(agent, nnx.merge(agent.actor, state.learner.actor), state.statistics, state.env, state.key)[1]
+    return trudi.rollout(agent, state.learner.actor, state.statistics, state.env, state.key)[1]
 
 def prepare(agent: trudi.Agent, state: trudi.TrainState, data: trudi.Transition) -> trudi.Batch:
     """What the update learns from: the critic's targets beside normalised observations, as in `trudi_mjx.iterate`."""
@@ -101,7 +100,7 @@ def prepare(agent: trudi.Agent, state: trudi.TrainState, data: trudi.Transition)
 
 def update(agent: trudi.Agent, state: trudi.TrainState, batch: trudi.Batch) -> trudi.Learner:
     """All epochs of minibatches."""
-    old_h = nnx.merge(agent.actor, state.learner.actor).step_sizes()
+    old_h = state.learner.actor.step_sizes()
     return trudi.learn(agent, state.learner, batch, old_h, state.key)[0]
 
 def measure_parts(agent: trudi.Agent, state: trudi.TrainState, repeats: int) -> dict[str, list[float]]:

@@ -138,10 +138,7 @@ class EndOrTimeOut:
 
 def agent_for(env, args, time_limit):
     """An Agent of a stand-in environment, built as the script builds its own."""
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("env",))
-    size = jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs.size
-    build = [lambda kind=kind: kind(args, size, env.action_size, trudi.nnx.Rngs(0)) for kind in (trudi.Actor, trudi.Critic)]
-    return trudi.Agent(args, env, time_limit, mesh, *(trudi.nnx.graphdef(trudi.nnx.eval_shape(b)) for b in build))
+    return trudi.Agent(args, env, time_limit, jax.sharding.Mesh(jax.devices()[:1], ("env",)))
 
 
 def lively_actor(args, observation_size, action_size, seed):

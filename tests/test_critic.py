@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import Counter, agent_for, lively_actor, small_args
+from probes import Counter, Sim, agent_for, lively_actor, small_args
 from scipy.stats import norm
 
 import trudi_mjx as trudi
@@ -106,6 +106,12 @@ def test_a_termination_cuts_off_what_is_not_finite():
     target = trudi.lambda_returns(args, zeros + 1, terminated, terminated & False, values, values)
     assert np.isfinite(target).all()
     assert target[1, 0] == 1
+
+
+def test_a_simulation_that_has_become_nan_pays_nothing_more():
+    """But a NaN reward of one that goes on is left for the losses to stop at."""
+    sim = Sim(None, jnp.array([2.0, jnp.nan, jnp.nan, 3.0]), jnp.array([0.0, 0.0, 1.0, 1.0]), None, None)
+    np.testing.assert_array_equal(trudi.reward_of(sim), [2, np.nan, 0, 3])
 
 
 @pytest.mark.parametrize("limit", ["termination", "time-out"])

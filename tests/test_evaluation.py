@@ -25,9 +25,9 @@ def actions(**changes):
     """Of the untrained policy, which is symmetric, in as many states."""
     args = small_args(num_atoms=2, v_min=-1.0, v_max=1.0, **changes)
     statistics = trudi.Statistics(jnp.ones(()), jnp.array([[0.0], [1.0]]))
-    networks = trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0)), critic
+    learner = trudi.Learner(trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0)), critic, *[None] * 4)
     agent = agent_for(Counter(), args, 3)
-    return np.asarray(jax.jit(lambda key: trudi.evaluation_action(agent, networks, statistics, jnp.zeros((STATES, 1)), key))(
+    return np.asarray(jax.jit(lambda key: trudi.evaluation_action(agent, learner, statistics, jnp.zeros((STATES, 1)), key))(
         jax.random.PRNGKey(1)))
 
 
@@ -57,7 +57,7 @@ def evaluated():
     args = small_args(num_eval_envs=64, num_diffusion_steps=2)
     agent = agent_for(EndOrTimeOut(), args, 3)
     state = jax.jit(lambda key: trudi.init_state(agent, key))(jax.random.PRNGKey(0))
-    metrics, _ = jax.jit(lambda key: trudi.evaluate(agent, state.learner, state.statistics, key))(jax.random.PRNGKey(2))
+    metrics, _ = jax.jit(lambda state: trudi.evaluate(agent, state))(state)
     names = {*metrics, *jax.eval_shape(lambda: trudi.iterate(agent, state))[1]}
     return {name: float(x) for name, x in metrics.items()}, names
 

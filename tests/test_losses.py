@@ -223,8 +223,7 @@ def test_values_of_a_termination_and_of_a_time_out(probe):
     kinds = jnp.array([[1.0], [0.0]])  # terminates, never does
     seen = trudi.normalize(state.statistics, jnp.repeat(kinds, 50, 0))
     action = jnp.tile(jnp.linspace(-0.9, 0.9, 50)[:, None], (2, 1))
-    critic = trudi.nnx.merge(agent.critic, state.learner.critic)
-    q = np.asarray(trudi.q_value(agent.args, critic(seen, action))).reshape(2, 50)
+    q = np.asarray(trudi.q_value(agent.args, state.learner.critic(seen, action))).reshape(2, 50)
     assert metrics["entropy/alpha"].max() < 0.03
     np.testing.assert_allclose(q.mean(1), [1, 2], atol=0.12)
     np.testing.assert_array_equal(metrics["critic/targets_clipped"], 0)
