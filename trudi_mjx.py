@@ -188,8 +188,9 @@ def views(observation: Any) -> tuple[Array, Array]:
 
 def over_envs(agent: Agent, function: Any, *inputs: Any) -> Any:
     """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments."""
-    axis = PartitionSpec("env")
-    call = jax.shard_map(jax.vmap(function), mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
+    axis, call = PartitionSpec("env"), jax.vmap(function)
+    if agent.mesh.size > 1:  # Warp's programs cannot be mapped over seeds around a shard_map
+        call = jax.shard_map(call, mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
 
 def reward_of(sim: Any) -> Array:
