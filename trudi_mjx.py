@@ -157,6 +157,7 @@ def rules(args: Args, devices: int) -> list[tuple[bool, str]]:
          f"--num-envs x --num-steps = {args.batch_size}"),
         (args.num_devices <= devices, f"--num-devices {args.num_devices}, but JAX finds {devices} here; on a CPU, "
          f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more"),
+        (args.impl != "warp" or shards == 1, "--impl warp trains on one device only; use --impl jax"),
         *((numbers[k] % shards == 0, f"{k} {numbers[k]} does not divide over {shards} devices") for k in split)]
 
 # ----------------------------------------------------------------------------------------------------- environment

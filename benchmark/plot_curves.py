@@ -58,20 +58,21 @@ def label_of(path: pathlib.Path, label_by: str) -> str:
         raise SystemExit(f"--label-by {label_by} needs an args.json beside {path}")
     return str(json.loads(args.read_text())["args"][label_by])
 
-def read_curve(path: pathlib.Path, metric: str) -> Curve:
-    """Read one metrics.jsonl, of a run in progress too; lines without the metric count for the run's length only."""
+def read_curve(path: pathlib.Path, metric: str, until: float) -> Curve:
+    """Read one metrics.jsonl up to a step, of a run in progress too; lines without the metric count for the length only."""
     lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in lines if line["step"] <= until]
     own = [line for line in lines if metric in line]
     if not own:
         raise SystemExit(f"{path} has no {metric}")
     steps, values = (np.array([line[name] for line in own], float) for name in ("step", metric))
     return Curve(steps, values, lines[-1]["wall_time"], lines[-1]["step"])
 
-def read_groups(sources: tuple[str, ...], metric: str, label_by: str = FOLDER) -> dict[str, list[Curve]]:
+def read_groups(sources: tuple[str, ...], metric: str, label_by: str = FOLDER, until: float = np.inf) -> dict[str, list[Curve]]:
     """The curves of every group, in the order of their names."""
     groups = {}
     for path in find_logs(sources):
-        groups.setdefault(label_of(path, label_by), []).append(read_curve(path, metric))
+        groups.setdefault(label_of(path, label_by), []).append(read_curve(path, metric, until))
     if not groups:
         raise SystemExit(f"no metrics.jsonl in {' '.join(sources)}")
     return groups

@@ -24,12 +24,7 @@ class Options:
     threshold: float | None = None  # adds the first step at which an evaluation reaches it
     metric: str = "eval/episodic_return"  # what counts
     label_by: str = FOLDER  # "folder", or an argument's name in args.json, such as env_id
-    until: float = np.inf  # leaves out evaluations after this step
-
-def cut(curve: Curve, until: float) -> Curve:
-    """A curve up to a step; its seconds stay those of the whole run."""
-    kept = curve.steps <= until
-    return dataclasses.replace(curve, steps=curve.steps[kept], values=curve.values[kept], last_step=int(curve.steps[kept][-1]))
+    until: float = np.inf  # leaves out what was logged after this step
 
 def lowest_in_last_quarter(curve: Curve) -> float:
     """The lowest evaluation in the last quarter of a run."""
@@ -51,8 +46,7 @@ def row(label: str, curves: list[Curve], threshold: float | None) -> list[str]:
 
 if __name__ == "__main__":
     OPTIONS = tyro.cli(Options)
-    GROUPS = {label: [cut(curve, OPTIONS.until) if OPTIONS.until < np.inf else curve for curve in curves]
-              for label, curves in read_groups(OPTIONS.sources, OPTIONS.metric, OPTIONS.label_by).items()}
+    GROUPS = read_groups(OPTIONS.sources, OPTIONS.metric, OPTIONS.label_by, OPTIONS.until)
     REACHED = [] if OPTIONS.threshold is None else [f"first reaches {OPTIONS.threshold:g} (steps)"]
     HEADER = ["group", "seeds", "final", "mean", "best", "stays up", *REACHED, "minutes", "steps"]
     print(markdown_table(HEADER, [row(label, curves, OPTIONS.threshold) for label, curves in GROUPS.items()]), end="")

@@ -62,8 +62,9 @@ def test_values(changes, capsys):
     assert any(flag(name) in line for name in changes) or changes in ({"minibatch_size": 96},)
 
 
-@pytest.mark.parametrize("changes", [dict(num_envs=15), dict(minibatch_size=33), dict(num_eval_envs=3)], ids=str)
-def test_sizes_that_do_not_divide_over_devices(changes):
+@pytest.mark.parametrize("changes", [dict(num_envs=15), dict(minibatch_size=33), dict(num_eval_envs=3),
+                                     dict(impl="warp")], ids=str)
+def test_what_does_not_go_on_two_devices(changes):
     args = dataclasses.replace(trudi.resolve(trudi.Args(**SIZES)), num_devices=2)
     assert all(holds for holds, _ in trudi.rules(args, 2))
     broken = [message for holds, message in trudi.rules(dataclasses.replace(args, **changes), 2) if not holds]
