@@ -13,7 +13,6 @@ their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E env
 steps, A action dimensions, K seeds. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -29,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ import tyro
 from flax import nnx
 from jax import Array
 from jax.experimental import multihost_utils
+from jax.scipy.stats import norm as normal
 from jax.sharding import NamedSharding, PartitionSpec
 
 DMC = tuple(
@@ -87,7 +88,6 @@ class Args:
     critic_learning_rate: float | None = None  # of Adam
     dual_learning_rate: float | None = None  # of Adam, for log alpha and log lambda
     max_grad_norm: float = 0.5  # global-norm clip, of actor and critic apart
-    reset_states: Literal["fresh", "replayed"] = "fresh"  # episodes start from new states, or from the run's first ones
     hidden_dim: int | None = None  # width of actor and critic
     num_diffusion_steps: int = 8  # denoising steps N
     prior_std: float = 2.5  # standard deviation of the noise a^N
@@ -138,27 +138,24 @@ def resolve(args: Args) -> Args:
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     size = args.num_envs * args.num_steps
     args = dataclasses.replace(args, batch_size=size, num_iterations=args.total_timesteps // max(size, 1))
-    for message in (message for holds, message in rules(args, len(devices)) if not holds):
-        fail(message)
-    return args
-
-def rules(args: Args, devices: int) -> list[tuple[bool, str]]:
-    """What must hold for resolved arguments, on a host of so many devices, and what to say if it does not."""
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
     numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items()
                if isinstance(v, int | float) and not isinstance(v, bool) and k not in may_be_zero}
     shards, split = max(args.num_devices * jax.process_count(), 1), ("--num-envs", "--minibatch-size", "--num-eval-envs")
-    return [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
+    rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
         (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
         (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
          f"--num-envs x --num-steps = {args.batch_size}"),
-        (args.num_devices <= devices, f"--num-devices {args.num_devices}, but JAX finds {devices} here; on a CPU, "
+        (args.num_devices <= len(devices), f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here; on a CPU, "
          f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more"),
         (args.impl != "warp" or shards == 1, "--impl warp trains on one device only; use --impl jax"),
         *((numbers[k] % shards == 0, f"{k} {numbers[k]} does not divide over {shards} devices") for k in split)]
+    for message in (message for holds, message in rules if not holds):
+        fail(message)
+    return args
 
 # ----------------------------------------------------------------------------------------------------- environment
 # What stays constant while training; compiled programs close over it.
@@ -170,8 +167,8 @@ EnvState = namedtuple("EnvState", "sim reset_to clock length total")
 # policy that acted (N, A), true next observations, and which episodes seen whole ended here, with their returns and lengths.
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
 
-def make_env(args: Args) -> tuple[Any, int]:
-    """Load a Playground task; returns it and its time limit in steps. Exits with code 2 if its meshes can't be had."""
+def make_agent(args: Args) -> Agent:
+    """Load a Playground task and lay out the devices. Exits with code 2 if the task's meshes can't be had."""
     meshes = pathlib.Path(importlib.util.find_spec("mujoco_playground").origin).parent / "external_deps" / "mujoco_menagerie"
     try:
         if args.env_id in HUMANOID and not meshes.exists():  # Playground is slow to import, then clones: can it?
@@ -181,22 +178,22 @@ def make_env(args: Args) -> tuple[Any, int]:
     except (OSError, subprocess.CalledProcessError) as error:
         fail(f"{args.env_id} needs meshes that cannot be downloaded ({error}); in advance, "
              f"git clone https://github.com/google-deepmind/mujoco_menagerie and copy or link it to {meshes}")
-    return env, registry.get_default_config(args.env_id).episode_length
+    devices, hosts = jax.devices(), jax.process_count()
+    used = [d for i, d in enumerate(devices) if i % (len(devices) // hosts) < args.num_devices]
+    return Agent(args, env, registry.get_default_config(args.env_id).episode_length, jax.sharding.Mesh(used, ("env",)))
 
 def views(observation: Any) -> tuple[Array, Array]:
     """What actor and critic see; tasks with privileged information keep it from the actor."""
     return (observation["state"], observation["privileged_state"]) if isinstance(observation, dict) else (observation,) * 2
 
 def over_envs(agent: Agent, function: Any, *inputs: Any) -> Any:
-    """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments."""
+    """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments.
+    Playground ends a simulation that has become NaN: it pays nothing more, and `iterate` counts such ends."""
     axis, call = PartitionSpec("env"), jax.vmap(function)
     if agent.mesh.size > 1:  # Warp's programs cannot be mapped over seeds around a shard_map
         call = jax.shard_map(call, mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
-
-def reward_of(sim: Any) -> Array:
-    """Rewards (E,). Playground ends a simulation that has become NaN; it pays nothing more, and `iterate` counts such ends."""
-    return jnp.where((sim.done > 0) & jnp.isnan(sim.reward), 0.0, sim.reward)
+    sim = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
+    return sim.replace(reward=jnp.where((sim.done > 0) & jnp.isnan(sim.reward), 0.0, sim.reward))
 
 def env_reset(agent: Agent, key: Array) -> EnvState:
     """Start the training environments, their clocks spread over an episode so that time-outs do not coincide."""
@@ -208,17 +205,14 @@ def env_reset(agent: Agent, key: Array) -> EnvState:
 def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tuple]:
     """Step, end and restart episodes; returns the new state and Transition's fields from reward on."""
     sim = over_envs(agent, agent.env.step, env.sim, action)
-    reward = reward_of(sim)
-    clock, length, total = env.clock + 1, env.length + 1, env.total + reward
+    clock, length, total = env.clock + 1, env.length + 1, env.total + sim.reward
     terminated = sim.done > 0
     truncated = (clock >= agent.time_limit) & ~terminated
     done = terminated | truncated
-
     def restart(initial: Array, current: Array) -> Array:
         shared = current.shape[:1] != done.shape  # between environments, as some of MuJoCo Warp's buffers are
         return current if shared else jnp.where(done.reshape(-1, *[1] * (current.ndim - 1)), initial, current)
-
-    outcome = (reward, terminated, truncated, sim.obs, (done & (length == clock), total, length))
+    outcome = (sim.reward, terminated, truncated, sim.obs, (done & (length == clock), total, length))
     sim, counters = jax.tree.map(restart, env.reset_to, sim), (jnp.where(done, 0, x) for x in (clock, length, total))
     return EnvState(sim, env.reset_to, *counters), outcome
 
@@ -228,11 +222,9 @@ Statistics = namedtuple("Statistics", "count moments")  # moments: mean and vari
 def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
     """Merge observations, leaves (T, E, .), into the moments: Welford's update for batches (Chan et al., 1979)."""
     n, m = statistics.count, np.prod(jax.tree.leaves(observations)[0].shape[:2])
-
     def merge(x: Array, old: Array) -> Array:
         delta, weight = x.mean((0, 1)) - old[0], m / (n + m)
         return jnp.stack([old[0] + weight * delta, (1 - weight) * (old[1] + weight * delta**2) + weight * x.var((0, 1))])
-
     return Statistics(n + m, jax.tree.map(merge, observations, statistics.moments))
 
 def normalize(statistics: Statistics, observation: Any) -> Any:
@@ -299,42 +291,34 @@ class Critic(nnx.Module):
 # Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
 Chain = namedtuple("Chain", "action entropy_bound latents means")
 
-def normal_log_prob(x: Array, mean: Array, variance: Array) -> Array:
-    """Log-density of a diagonal Gaussian, summed over the last axis."""
-    return -0.5 * jnp.sum((x - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance), -1)
-
 def tanh_log_det(x: Array) -> Array:
-    """Sum over the last axis of log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
-    return jnp.sum(2 * (jnp.log(2.0) - x - nnx.softplus(-2 * x)), -1)
+    """log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
+    return 2 * (jnp.log(2.0) - x - nnx.softplus(-2 * x))
 
 def sample_chain(actor: Actor, observation: Array, noise: Array, unroll: bool = False) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
     state, time = actor.embed(observation)
     variance = actor.prior_std**2
-
     def denoise(latent: Array, step: tuple) -> tuple[Array, tuple]:
         h, time_n, xi = step
         mean = latent + h * (actor(state, time_n, latent) - latent / variance)  # Eq. 186, discretising Eq. 5
-        sample = mean + jnp.sqrt(2 * h) * xi  # Eq. 31
-        noising = normal_log_prob(latent, sample - h * sample / variance, 2 * h)  # Eq. 6, discretising Eq. 4
-        return sample, (noising - normal_log_prob(sample, mean, 2 * h), latent, mean)
-
+        std = jnp.sqrt(2 * h)
+        sample = mean + std * xi  # Eq. 31
+        noising = normal.logpdf(latent, sample - h * sample / variance, std)  # Eq. 6, discretising Eq. 4
+        return sample, (noising - normal.logpdf(sample, mean, std), latent, mean)
     first = actor.prior_std * noise[-1]
     steps = (actor.step_sizes(), time, noise[:-1])
     last, (log_ratios, latents, means) = jax.lax.scan(denoise, first, steps, reverse=True, unroll=unroll)
-    prior = normal_log_prob(first, 0.0, jnp.full(first.shape[-1], variance))
-    bound = log_ratios.sum(0) - prior + tanh_log_det(last)  # Eq. 117, Eq. 180 (E1: its sign)
-    return Chain(jnp.tanh(last), bound, jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
+    bound = log_ratios.sum(0) - normal.logpdf(first, 0, actor.prior_std) + tanh_log_det(last)  # Eq. 117, Eq. 180 (E1: its sign)
+    return Chain(jnp.tanh(last), bound.sum(-1), jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
 
 def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: float) -> Array:
     """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
     state, time = actor.embed(observation)
-
     def flow(latent: Array, step: tuple) -> tuple[Array, None]:
         h, time_n = step
         score = -latent / actor.prior_std**2 + actor(state, time_n, latent) / 2
         return latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score), None  # Eq. 185, Eq. 187
-
     return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
 
 def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array, old_h: Array) -> Array:
@@ -362,14 +346,12 @@ def q_value(args: Args, logits: Array) -> Array:
 def lambda_returns(args: Args, reward: Array, terminated: Array, truncated: Array, value: Array, bonus: Array) -> Array:
     """Soft lambda-returns, everything (T, E); `value` is Q and `bonus` alpha l at the true next observations."""
     bootstrap = truncated.at[-1].set(True)  # at a time-out and where the rollout ends
-
     def step(later: Array, now: tuple) -> tuple[Array, Array]:
         reward, terminated, bootstrap, value, bonus = now
         mixture = jnp.where(bootstrap, value, (1 - args.td_lambda) * value + args.td_lambda * later)
         # Chosen, not multiplied by 0: a simulation that has become NaN ends, and its last value is NaN.
         target = reward + args.gamma * jnp.where(terminated, 0.0, bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
         return target, target
-
     return jax.lax.scan(step, jnp.zeros_like(value[-1]), (reward, terminated, bootstrap, value, bonus), reverse=True)[1]
 
 # ------------------------------------------------------------------------------------------------ losses, learning
@@ -426,18 +408,14 @@ def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: Array,
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Array, key: Array) -> tuple[Learner, dict[str, Array]]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
     args, sharding = agent.args, NamedSharding(agent.mesh, PartitionSpec("env"))
-
     def minibatch(learner: Learner, step: tuple[Array, Array]) -> tuple[Learner, dict]:
         batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[step[0]], sharding), data)
         return update_minibatch(agent, learner, batch, old_h, step[1])
-
-    def epoch(learner: Learner, key: Array) -> tuple[Learner, dict]:
-        order_key, noise_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, args.batch_size).reshape(-1, args.minibatch_size)
-        return jax.lax.scan(minibatch, learner, (order, jax.random.split(noise_key, len(order))))
-
-    learner, metrics = jax.lax.scan(epoch, learner, jax.random.split(key, args.num_epochs))
-    return learner, jax.tree.map(lambda x: x[-1].mean(), metrics)
+    order_key, noise_key = jax.random.split(key)
+    order = [jax.random.permutation(k, args.batch_size) for k in jax.random.split(order_key, args.num_epochs)]
+    order = jnp.concatenate(order).reshape(-1, args.minibatch_size)
+    learner, metrics = jax.lax.scan(minibatch, learner, (order, jax.random.split(noise_key, len(order))))
+    return learner, jax.tree.map(lambda x: x[-len(order) // args.num_epochs:].mean(), metrics)
 
 # ------------------------------------------------------------------------------------------------------- iteration
 TrainState = namedtuple("TrainState", "learner statistics env key iteration")  # everything that a checkpoint holds
@@ -461,26 +439,19 @@ def sample_policy(agent: Agent, actor: Actor, statistics: Statistics, observatio
     return sample_chain(actor, seen[0], jax.random.normal(key, shape)), seen
 
 def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, key: Array) -> tuple[EnvState, Transition]:
-    """Act for T steps with samples of the policy, keeping their chains."""
+    """Act for T steps with samples of the policy, keeping their chains. Episodes start from a queue of states, into which as
+    many new ones are shifted as a rollout's time-outs take out: a reset can cost as much as 200 steps (CheetahRun's does)."""
+    num_envs, key, reset_key = agent.args.num_envs, *jax.random.split(key)
+    count = min(num_envs, -(-num_envs * agent.args.num_steps // agent.time_limit))
+    new = jax.vmap(agent.env.reset)(jax.random.split(reset_key, count))
+    queue = jax.tree.map(lambda old, x: jnp.concatenate([old[count:], x]) if old.shape[:1] == (num_envs,) else old,
+                         env.reset_to, new)
     def step(env: EnvState, key: Array) -> tuple[EnvState, Transition]:
         chain, _ = sample_policy(agent, actor, statistics, env.sim.obs, key)
         action = jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT)
         after, outcome = env_step(agent, env, action)
         return after, Transition(env.sim.obs, action, chain.latents, chain.means, *outcome)
-
-    reset_key, key = jax.random.split(key)
-    if agent.args.reset_states == "fresh":
-        env = env._replace(reset_to=refill(agent, env.reset_to, reset_key))
-    return jax.lax.scan(step, env, jax.random.split(key, agent.args.num_steps))
-
-def refill(agent: Agent, reset_to: Any, key: Array) -> Any:
-    """Shift new states into the queue that episodes start from, leaves (E, ...), as many as a rollout's time-outs take out:
-    a reset can cost as much as 200 steps (CheetahRun's does). What ends earlier may start from the same state again."""
-    num_envs = agent.args.num_envs
-    count = min(num_envs, -(-num_envs * agent.args.num_steps // agent.time_limit))
-    new = jax.vmap(agent.env.reset)(jax.random.split(key, count))
-    return jax.tree.map(lambda old, x: jnp.concatenate([old[count:], x]) if old.shape[:1] == (num_envs,) else old,
-                        reset_to, new)
+    return jax.lax.scan(step, env._replace(reset_to=queue), jax.random.split(key, agent.args.num_steps))
 
 def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition, key: Array) -> Array:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
@@ -488,13 +459,12 @@ def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data:
         chain, seen = sample_policy(agent, learner.actor, statistics, *step)
         bonus = jnp.exp(learner.duals["log_alpha"]) * chain.entropy_bound
         return q_value(agent.args, learner.critic(seen[1], chain.action)), bonus
-
     value, bonus = jax.lax.map(next_value, (data.next_observation, jax.random.split(key, agent.args.num_steps)))
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, value, bonus)
 
 def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
     """One iteration: rollout, targets, epochs of updates, observation statistics."""
-    args, old = agent.args, state.learner
+    args, old, old_h = agent.args, state.learner, state.learner.actor.step_sizes()
     rollout_key, target_key, learn_key, check_key, key = jax.random.split(state.key, 5)
     env, data = rollout(agent, old.actor, state.statistics, state.env, rollout_key)
     # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics that
@@ -504,25 +474,22 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Arra
     target = critic_targets(agent, old, statistics, data, target_key)
     batch = Batch(*views(normalize(statistics, data.observation)), data.action, data.latents, data.means, target)
     batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
-    learner, metrics = learn(agent, old, batch, old.actor.step_sizes(), learn_key)
+    learner, metrics = learn(agent, old, batch, old_h, learn_key)
+    # The KL of the whole iteration on as many states as a minibatch has: on stored chains, and on fresh ones of the old policy.
+    some = jax.tree.map(lambda x: x[::args.batch_size // args.minibatch_size], batch)
+    noise = jax.random.normal(check_key, (args.num_diffusion_steps + 1, *some.action.shape))
+    fresh = sample_chain(old.actor, some.seen_by_actor, noise)
+    kl = {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.seen_by_actor, x.latents, x.means, old_h).mean()
+          for name, x in (("stored", some), ("fresh", fresh))}
     ended, total, length = data.episode
-    metrics |= trust_region(agent, old.actor, learner, batch, check_key) | {
+    metrics |= kl | {
+        "trust_region/lambda": jnp.exp(learner.duals["log_lambda"]), "entropy/alpha": jnp.exp(learner.duals["log_alpha"]),
+        "entropy/friction": nnx.softplus(learner.actor.raw_friction[...]).mean(),
         "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).mean(), "critic/target": target.mean(),
         "charts/simulator_nans": jnp.isnan(views(data.next_observation)[0]).any(-1).sum(), "charts/episodes": ended.sum(),
         "charts/episodic_return": jnp.sum(total * ended) / jnp.maximum(ended.sum(), 1),
         "charts/episodic_length": jnp.sum(length * ended) / jnp.maximum(ended.sum(), 1)}
     return TrainState(learner, merged, env, key, state.iteration + 1), metrics
-
-def trust_region(agent: Agent, old: Actor, learner: Learner, batch: Batch, key: Array) -> dict[str, Array]:
-    """Duals, and the KL of a whole iteration on as many states as a minibatch has: on stored chains, and on fresh ones."""
-    batch = jax.tree.map(lambda x: x[::agent.args.batch_size // agent.args.minibatch_size], batch)
-    noise = jax.random.normal(key, (agent.args.num_diffusion_steps + 1, *batch.action.shape))
-    fresh = sample_chain(old, batch.seen_by_actor, noise)
-    stored_kl, fresh_kl = (trajectory_kl(learner.actor, batch.seen_by_actor, x.latents, x.means, old.step_sizes()).mean()
-                           for x in (batch, fresh))
-    duals = jax.tree.map(jnp.exp, learner.duals)
-    return {"trust_region/stored_kl": stored_kl, "trust_region/fresh_kl": fresh_kl, "trust_region/lambda": duals["log_lambda"],
-            "entropy/alpha": duals["log_alpha"], "entropy/friction": nnx.softplus(learner.actor.raw_friction[...]).mean()}
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Any, key: Array) -> Array:
@@ -540,14 +507,12 @@ def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
     """Play a full episode in each of --num-eval-envs environments of its own; returns metrics and, for a video, the first
     one's poses (T, ...) and whether its episode was still running (T,)."""
     reset_key, key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training never folds in so large a number
-
     def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
         sim, alive, total, length = carry
         action = evaluation_action(agent, state.learner, state.statistics, sim.obs, key)
         sim = over_envs(agent, agent.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
         pose = Pose(*(getattr(sim.data, name)[0] for name in Pose._fields)) if agent.args.capture_video else None
-        return (sim, alive & (sim.done == 0), total + jnp.where(alive, reward_of(sim), 0), length + alive), (pose, alive[0])
-
+        return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
     zeros = jnp.zeros(agent.args.num_eval_envs)
     sim = over_envs(agent, agent.env.reset, jax.random.split(reset_key, zeros.size))
     (_, _, total, length), frames = jax.lax.scan(step, (sim, zeros == 0, zeros, zeros), jax.random.split(key, agent.time_limit))
@@ -596,16 +561,6 @@ def check_renderer() -> None:
     except Exception as error:  # each GL library has its own, some while mujoco is imported
         fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
 
-def write_video(agent: Agent, path: pathlib.Path, poses: Pose, alive: np.ndarray) -> None:
-    """Draw an episode, poses with leaves (T, ...), to an mp4 of at most 30 frames a second."""
-    mediapy, ffmpeg = importlib.import_module("mediapy"), importlib.import_module("imageio_ffmpeg")
-    mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
-    stride, frame = int(np.ceil(1 / (30 * agent.env.dt))), namedtuple("Frame", "data")
-    states = [frame(Pose(*(x[t] for x in poses))) for t in range(0, int(alive.sum()), stride)]
-    path.parent.mkdir(exist_ok=True)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # Playground's own progress bar
-        mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
-
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -614,8 +569,10 @@ def provenance() -> dict[str, Any]:
     return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
             "versions": {d.name: d.version for d in metadata.distributions()}}
 
-def open_run(folder: pathlib.Path, args: Args, step: int) -> dict[pathlib.Path, tensorboardX.SummaryWriter]:
-    """Write a run's args.json and open its logs, to go on after this step: each seed's metrics.jsonl and TensorBoard."""
+def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
+    """Write args.json and open every seed's metrics.jsonl and TensorBoard, to go on after this step; returns their logger."""
+    if jax.process_index() > 0:
+        return lambda *_: None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
     if args.track:
@@ -628,17 +585,16 @@ def open_run(folder: pathlib.Path, args: Args, step: int) -> dict[pathlib.Path, 
         lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
         path.with_suffix(".tmp").write_text("".join(lines))
         path.with_suffix(".tmp").replace(path)
-    return writers
-
-def log(writers: dict, step: int, wall_time: float, metrics: dict[str, np.ndarray]) -> None:
-    """Write an iteration's metrics, each (K,), at an environment step."""
-    for k, (path, writer) in enumerate(writers.items()):
-        ended = metrics["charts/episodes"][k] > 0  # else the rollout has no mean return
-        values = {name: float(x[k]) for name, x in metrics.items() if ended or not name.startswith("charts/episodic")}
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
+    def log(step: int, wall_time: float, metrics: dict[str, np.ndarray]) -> None:
+        for k, (path, writer) in enumerate(writers.items()):
+            ended = metrics["charts/episodes"][k] > 0  # else the rollout has no mean return
+            values = {name: float(x[k]) for name, x in metrics.items() if ended or not name.startswith("charts/episodic")}
+            with path.open("a") as file:
+                file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+    return log
 
 # -------------------------------------------------------------------------------------------------------- training
 def parse() -> tuple[Args, dict[str, Any]]:
@@ -660,14 +616,6 @@ def parse() -> tuple[Args, dict[str, Any]]:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
     return resolve(args), read_checkpoint(run)
 
-def make_agent(args: Args) -> Agent:
-    """Load the task and lay out the devices."""
-    env, time_limit = make_env(args)
-    devices = jax.devices()
-    each = len(devices) // jax.process_count()
-    mesh = jax.sharding.Mesh([d for i, d in enumerate(devices) if i % each < args.num_devices], ("env",))
-    return Agent(args, env, time_limit, mesh)
-
 def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
     """The training state of all seeds, new or a checkpoint's, laid out on the devices; `iterate` and `evaluate` compiled."""
     whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
@@ -684,11 +632,16 @@ def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
     return state, None if agent.args.evaluate else run.lower(state).compile(), judge
 
 def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, folder: str | pathlib.Path) -> dict:
-    """Evaluate every seed, and write the first one's video if asked to."""
+    """Evaluate every seed; with --capture-video, draw the first one's episode to an mp4 of at most 30 frames a second."""
     metrics, (poses, alive) = jax.device_get(judge(state))
     if agent.args.capture_video and jax.process_index() == 0:
+        mediapy, ffmpeg = importlib.import_module("mediapy"), importlib.import_module("imageio_ffmpeg")
+        mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
+        stride, frame = int(np.ceil(1 / (30 * agent.env.dt))), namedtuple("Frame", "data")
+        states = [frame(Pose(*(x[0, t] for x in poses))) for t in range(0, int(alive[0].sum()), stride)]
         path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
-        write_video(agent, path, jax.tree.map(lambda x: x[0], poses), alive[0])
+        path.parent.mkdir(exist_ok=True)
+        mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
     return metrics
 
 def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: float) -> int:
@@ -698,7 +651,7 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     done, now = int(jax.device_get(state.iteration)[0]), int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{now}")
-    writers = open_run(folder, args, done * args.batch_size) if jax.process_index() == 0 else {}
+    log = open_run(folder, args, done * args.batch_size)
     bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
     started, code = time.perf_counter() - wall_time, 0
     while done < args.num_iterations and not code:
@@ -714,7 +667,7 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
             eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
             bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
             sys.stdout.flush()
-        log(writers, step, time.perf_counter() - started, metrics)
+        log(step, time.perf_counter() - started, metrics)
         bar.update()
         code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max())
         if not finite:
@@ -723,8 +676,6 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
     bar.close()
-    for writer in writers.values():
-        writer.close()
     print(folder)
     return code
 

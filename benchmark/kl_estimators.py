@@ -36,6 +36,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from common import RESULTS, cpu_name, markdown_table, measure, trudi, write_json
+from jax.scipy.stats import norm
 from jax.sharding import NamedSharding, PartitionSpec
 from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -108,8 +109,8 @@ def log_ratio(new: trudi.Actor, old_h: jax.Array, observation: jax.Array, chain:
     state, time = new.embed(observation)
     h = new.step_sizes()
     means = chain.latents + h * (new(state[:, None], time, chain.latents) - chain.latents / new.prior_std**2)
-    old_log_prob = trudi.normal_log_prob(chain.samples, chain.means, 2 * old_h)
-    return (old_log_prob - trudi.normal_log_prob(chain.samples, means, 2 * h)).sum(-1)
+    old_log_prob = norm.logpdf(chain.samples, chain.means, jnp.sqrt(2 * old_h))
+    return (old_log_prob - norm.logpdf(chain.samples, means, jnp.sqrt(2 * h))).sum((-2, -1))
 
 ESTIMATE = {"closed": closed_form, "ratio": log_ratio}
 

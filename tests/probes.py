@@ -102,7 +102,11 @@ def squashed_entropy(density):
 
 
 # ------------------------------------------------------------------------------------------------- environments
-Sim = namedtuple("Sim", "obs reward done count limit")
+class Sim(namedtuple("Sim", "obs reward done count limit")):
+    """Simulator states, with a public `replace` as Playground's have."""
+
+    def replace(self, **changes):
+        return self._replace(**changes)
 
 
 class Counter:

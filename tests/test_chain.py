@@ -192,9 +192,7 @@ def test_ode_at_score_scale_one_is_the_sde_without_its_noise():
 
 def test_tanh_log_det_is_finite_and_right():
     x = np.array([[-20.0], [-3.0], [-1e-3], [0.0], [0.7], [20.0], [400.0]], np.float32)
-    exact = -2 * np.logaddexp(x, -x)[:, 0] + 2 * np.log(2)  # log(1 / cosh^2 x)
+    exact = -2 * np.logaddexp(x, -x) + 2 * np.log(2)  # log(1 / cosh^2 x)
     np.testing.assert_allclose(trudi.tanh_log_det(jnp.asarray(x)), exact, rtol=1e-5, atol=1e-6)
     slope = jax.grad(lambda x: trudi.tanh_log_det(x).sum())(jnp.asarray(x))
     np.testing.assert_allclose(slope, -2 * np.tanh(x), rtol=1e-5, atol=1e-6)
-    pairs = np.array([[20.0, -20.0]], np.float32)
-    np.testing.assert_allclose(trudi.tanh_log_det(jnp.asarray(pairs)), [4 * np.log(2) - 80], rtol=1e-6)

@@ -110,8 +110,10 @@ def test_a_termination_cuts_off_what_is_not_finite():
 
 def test_a_simulation_that_has_become_nan_pays_nothing_more():
     """But a NaN reward of one that goes on is left for the losses to stop at."""
-    sim = Sim(None, jnp.array([2.0, jnp.nan, jnp.nan, 3.0]), jnp.array([0.0, 0.0, 1.0, 1.0]), None, None)
-    np.testing.assert_array_equal(trudi.reward_of(sim), [2, np.nan, 0, 3])
+    zeros = jnp.zeros(4)
+    sim = Sim(zeros, jnp.array([2.0, jnp.nan, jnp.nan, 3.0]), jnp.array([0.0, 0.0, 1.0, 1.0]), zeros, zeros)
+    stepped = trudi.over_envs(agent_for(Counter(), small_args(), 9), lambda sim: sim, sim)
+    np.testing.assert_array_equal(stepped.reward, [2, np.nan, 0, 3])
 
 
 @pytest.mark.parametrize("limit", ["termination", "time-out"])
@@ -204,14 +206,14 @@ def test_clocks_start_spread_out_and_first_episodes_are_not_counted():
     np.testing.assert_array_equal(length[ended], 20)
 
 
-@pytest.mark.parametrize(("reset_states", "time_limit", "kept"), [("fresh", 4, 0), ("fresh", 64, 12), ("replayed", 64, 16)])
-def test_episodes_start_from_fresh_states_if_asked(reset_states, time_limit, kept):
+@pytest.mark.parametrize(("time_limit", "kept"), [(4, 0), (64, 12)])
+def test_episodes_start_from_fresh_states(time_limit, kept):
     """Two rollouts of 16 environments and 8 steps reach 2 * 16 * 8 / time_limit time-outs, at most all twice."""
     class Draws(Counter):
         def reset(self, key):
             return super().reset(key)._replace(obs=jax.random.uniform(key, (1,)))
 
-    args = small_args(reset_states=reset_states)
+    args = small_args()
     agent = agent_for(Draws(), args, time_limit)
     env = trudi.env_reset(agent, jax.random.PRNGKey(0))
     assert len(np.unique(env.sim.obs)) == args.num_envs
