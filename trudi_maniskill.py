@@ -1,0 +1,705 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["imageio-ffmpeg>=0.5", "mani-skill==3.0.1", "mediapy>=1.2", "tensorboard>=2.18", "tensorboardx>=2.6.2",
+#                 "tensordict>=0.10", "torch==2.13.0", "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
+# ///
+"""Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on ManiSkill3, in one file.
+
+    python trudi_maniskill.py --env-id PickCube-v1                # the paper's settings, for a GPU
+    python trudi_maniskill.py --env-id PushCube-v1 --preset cpu   # a learning curve on two CPU cores
+    torchrun --nproc-per-node 4 trudi_maniskill.py --env-id PickCube-v1   # the same on four GPUs
+
+Read it from top to bottom, beside trudi_mjx.py if you like: the order and the names are the same. `# Eq. 181` marks where an
+equation of the paper is computed; README.md has their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E
+environments, B states of a batch, N denoising steps, A action dimensions. Latent actions go from a^N, noise, to a^0; an axis of
+N holds n = 1 ... N in order. With torchrun every process has its share of the environments and of each minibatch.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+import tensorboardX
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tqdm
+import tyro
+from torch import Tensor, nn
+
+TASKS = tuple(f"{name}-v1" for name in (
+    "PickCube StackCube PokeCube PullCube PushCube RollBall LiftPegUpright PlaceSphere PlugCharger PushT PullCubeTool "
+    "TwoRobotPickCube TwoRobotStackCube").split())
+SUITE = dict(gamma=0.99, v_min=-15.0, v_max=15.0)  # Table 5
+PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
+    "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
+                  actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
+                  eval_interval=15, checkpoint_interval=15, target_entropy_scale=0.665),
+    "cpu": dict(total_timesteps=2_000_000, num_envs=32, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
+                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=32,
+                eval_interval=20, checkpoint_interval=20, target_entropy_scale=0.665)}
+ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
+STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
+TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
+INITIAL_DUAL, PRIOR_LOGITS = 0.01, 40.0  # alpha and lambda at the start; scale of the critic's bias, so that Q starts near 0
+SCRIPT = pathlib.Path(__file__).stem
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's: this process, all of them
+
+# ------------------------------------------------------------------------------------------------------- arguments
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the suite."""
+
+    env_id: str = "PushCube-v1"  # task of ManiSkill3, or module:id of one that the module registers
+    exp_name: str = "trudi_maniskill"  # part of the run folder's name
+    seed: int = 1  # of everything: networks, noise, environments
+    preset: Literal["paper", "cpu"] = "paper"  # sizes: the paper's Table 5, or small ones for two CPU cores
+    reward_mode: Literal["normalized_dense", "dense", "sparse"] | None = None  # default: normalized_dense if the task has it
+    log_dir: str = "runs"  # parent of the run folders
+    num_envs: int | None = None  # parallel environments, over all processes
+    num_steps: int | None = None  # steps of each environment in a rollout
+    num_epochs: int | None = None  # passes over a rollout
+    minibatch_size: int | None = None  # states in a gradient step, over all processes
+    gamma: float | None = None  # discount
+    td_lambda: float = 0.95  # lambda of the critic's lambda-returns
+    actor_learning_rate: float | None = None  # of Adam
+    critic_learning_rate: float | None = None  # of Adam
+    dual_learning_rate: float | None = None  # of Adam, for log alpha and log lambda
+    max_grad_norm: float = 0.5  # global-norm clip, of actor and critic apart
+    hidden_dim: int | None = None  # width of actor and critic
+    num_diffusion_steps: int = 8  # denoising steps N
+    prior_std: float = 2.5  # standard deviation of the noise a^N
+    learn_friction: bool = True  # learn the step sizes, one factor for each action dimension
+    trust_region_bound: float = 0.1  # epsilon: nats of trajectory KL that a state may move in an iteration
+    target_entropy_scale: float | None = None  # the target is minus this for each action dimension, in nats
+    v_min: float | None = None  # lowest atom of the critic
+    v_max: float | None = None  # highest atom of the critic
+    num_atoms: int = 151  # atoms of the critic
+    # The flags from here on may differ when a run is continued or evaluated.
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
+    compile: bool | None = None  # torch.compile and CUDA graphs; default: on a GPU only
+    total_timesteps: int | None = None  # environment steps, over all environments
+    eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"  # probability-flow ODE, a sample, or the best of K by Q
+    ode_score_scale: float = 1.0  # c of the ODE: 0.5 keeps the marginals, 1 is greedier
+    best_of_k: int = 10  # K of best-of-k
+    eval_interval: int | None = None  # iterations between evaluations; the last one is always followed by one
+    num_eval_envs: int | None = None  # episodes in an evaluation, over all processes
+    checkpoint_interval: int | None = None  # iterations between checkpoints, likewise
+    capture_video: bool = False  # write an mp4 of one episode at each evaluation
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "trudi"  # its project
+    wandb_entity: str | None = None  # its team
+    resume: str | None = None  # run folder to continue, with its own arguments
+    evaluate: str | None = None  # run folder to evaluate, without training
+    batch_size: tyro.conf.Suppress[int] = 0  # environment steps in an iteration, computed
+    num_iterations: tyro.conf.Suppress[int] = 0  # computed; as in CleanRL, steps that do not fill one are left out
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
+    if args.env_id not in TASKS and ":" not in args.env_id:
+        near = difflib.get_close_matches(args.env_id, TASKS, 3, 0.4) or TASKS[:3]
+        fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
+    if args.device == "gpu" and not torch.cuda.is_available():
+        fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
+    gpu = args.device != "cpu" and torch.cuda.is_available()
+    defaults = {**SUITE, **PRESET[args.preset], "compile": gpu}
+    defaults["reward_mode"] = "sparse" if args.env_id == "PlugCharger-v1" else "normalized_dense"  # which has no dense one
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    size = args.num_envs * args.num_steps
+    args = dataclasses.replace(args, batch_size=size, num_iterations=args.total_timesteps // max(size, 1))
+    may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
+    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items()
+               if isinstance(v, int | float) and not isinstance(v, bool) and k not in may_be_zero}
+    split = ("--num-envs", "--minibatch-size", "--num-eval-envs")
+    rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
+        (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
+        (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
+        (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
+        (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
+        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
+         f"--num-envs x --num-steps = {args.batch_size}"),
+        *((numbers[k] % WORLD == 0, f"{k} {numbers[k]} does not divide over {WORLD} processes") for k in split)]
+    for message in (message for holds, message in rules if not holds):
+        fail(message)
+    return args
+
+# ----------------------------------------------------------------------------------------------------- environment
+# What stays while training: environments are lists of ManiSkillVectorEnv, one on a GPU and E of size 1 on a CPU, where PhysX
+# holds one environment a scene; `sample` and `update` are sample_policy and update_minibatch, compiled if asked to.
+Agent = namedtuple("Agent", "args device envs eval_envs time_limit sample update")
+# A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
+# that acted (N, A), true next observations, and which episodes seen whole ended here, with return, length and success.
+Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
+
+def make_envs(args: Args, device: torch.device, num_envs: int, evaluation: bool) -> list[Any]:
+    """This process's environments; those for evaluation go on after a success. Exits with code 2 if they can't be made."""
+    names = ("gymnasium", "mani_skill", "mani_skill.utils.wrappers", "mani_skill.vector.wrappers.gymnasium")
+    gym, mani_skill, wrappers, vector = map(importlib.import_module, names)
+    mani_skill.logger.setLevel("ERROR")
+    gpu, video = device.type == "cuda", evaluation and args.capture_video
+    def make() -> Any:
+        env = gym.make(args.env_id, num_envs=num_envs if gpu else 1, obs_mode="state", control_mode="pd_joint_delta_pos",
+                       reward_mode=args.reward_mode, sim_backend="physx_cuda" if gpu else "physx_cpu",
+                       render_mode="rgb_array" if video else None, render_backend="gpu" if video else "none")
+        if isinstance(env.unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
+            env = wrappers.FlattenActionSpaceWrapper(env)
+        return vector.ManiSkillVectorEnv(env, ignore_terminations=evaluation, record_metrics=True)
+    try:
+        importlib.import_module("mani_skill.envs")
+        return [make() for _ in range(1 if gpu else num_envs)]
+    except (gym.error.Error, ImportError) as error:
+        fail(f"unknown --env-id {args.env_id}: {error}; module:id needs a module on PYTHONPATH that registers id")
+    except RuntimeError as error:
+        fail(f"ManiSkill cannot make {args.env_id} ({error}); it needs Vulkan even if nothing is drawn: install NVIDIA's "
+             "driver with its Vulkan part, or libvulkan1 and mesa-vulkan-drivers 25 or newer; vulkaninfo tells if it is found")
+
+def env_reset(envs: list[Any], *seeds: int) -> Tensor:
+    """Reset all environments, from numbers of which every process and each of its environments makes seeds of its own."""
+    seeds = np.random.SeedSequence([*seeds, RANK]).generate_state(sum(env.num_envs for env in envs)).tolist()
+    parts = itertools.accumulate((env.num_envs for env in envs), initial=0)
+    return torch.cat([env.reset(seed=seeds[i:i + env.num_envs])[0] for i, env in zip(parts, envs, strict=False)])
+
+def env_step(envs: list[Any], action: Tensor) -> tuple[Tensor, tuple]:
+    """Step, end and restart episodes; returns the observations to act on next and Transition's fields from reward on. A success
+    ends an episode but is no termination: the rewards that it cuts off would be missed, so it bootstraps like a time-out."""
+    outcomes = []
+    for env, part in zip(envs, action.split([env.num_envs for env in envs]), strict=True):
+        observation, reward, success, late, info = env.step(part)
+        episode = {"success_at_end": success} | info.get("final_info", info)["episode"]
+        numbers = [episode[name].expand(len(part)) for name in ("return", "episode_len", "success_once", "success_at_end")]
+        outcomes.append((observation, reward, success | late, info.get("final_observation", observation), *numbers))
+    observation, reward, truncated, after, *numbers = (torch.cat(x).clone() for x in zip(*outcomes, strict=True))
+    return observation, (reward, torch.zeros_like(truncated), truncated, after, (truncated, *numbers))
+
+def everywhere(x: Tensor) -> Tensor:
+    """A tensor of every process, one after the other along the first axis."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+# ------------------------------------------------------------------------------------------ observation statistics
+Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
+
+def update_statistics(statistics: Statistics, observations: Tensor) -> Statistics:
+    """Merge observations (T, E, .) of all processes into the moments: Welford's update for batches (Chan et al., 1979)."""
+    x = everywhere(observations.flatten(0, 1))
+    n, m, old = statistics.count, len(x), statistics.moments
+    delta, weight = x.mean(0) - old[0], m / (n + m)
+    variance = (1 - weight) * (old[1] + weight * delta**2) + weight * x.var(0, correction=0)
+    return Statistics(n + m, torch.stack([old[0] + weight * delta, variance]))
+
+def normalize(statistics: Statistics, observation: Tensor) -> Tensor:
+    """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
+    return ((observation - statistics.moments[0]) / torch.sqrt(statistics.moments[1] + 1e-2)).clamp(-10, 10)
+
+# -------------------------------------------------------------------------------------------------------- networks
+class Actor(nn.Module):
+    """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
+
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        self.num_steps, self.prior_std, self.action_size = args.num_diffusion_steps, args.prior_std, action_size
+        width = args.hidden_dim
+        self.time_mlp = nn.ModuleList([linear(TIME_FEATURES, TIME_FEATURES) for _ in range(2)])
+        self.input = linear(observation_size + action_size + TIME_FEATURES, width)
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in range(3)])
+        self.hidden = nn.ModuleList([linear(width, width) for _ in range(3)])
+        self.output = linear(width, action_size)
+        nn.init.zeros_(self.output.weight)  # so that the untrained policy is the prior's own process whatever it observes
+        friction = torch.full((action_size,), math.log(math.e - 1))  # softplus makes it 1
+        self.raw_friction = nn.Parameter(friction, requires_grad=args.learn_friction)
+
+    def step_sizes(self) -> Tensor:
+        """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
+        n = torch.arange(1, self.num_steps + 1, device=self.raw_friction.device)[:, None] / self.num_steps
+        cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
+        return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / F.softplus(self.raw_friction)
+
+    def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
+        half, device = TIME_FEATURES // 2, observation.device
+        n = torch.arange(1, self.num_steps + 1, device=device)[:, None]
+        angle = n * 10000.0 ** (-torch.arange(half, device=device) / half)
+        time = torch.cat([torch.sin(angle), torch.cos(angle)], -1)
+        time = self.time_mlp[1](gelu(self.time_mlp[0](time)))
+        weight = self.input.weight
+        state = F.linear(observation, weight[:, :observation.shape[-1]], self.input.bias)
+        return state, F.linear(time, weight[:, -TIME_FEATURES:])
+
+    def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
+        """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
+        weight = self.input.weight[:, -TIME_FEATURES - self.action_size:-TIME_FEATURES]
+        x = state + time + F.linear(latent, weight)
+        for norm, hidden in zip(self.norms, self.hidden, strict=True):
+            x = x + gelu(hidden(norm(x)))
+        return self.output(x)
+
+class Critic(nn.Module):
+    """Categorical distributions of the return, whose mean is Q(s, u)."""
+
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
+        self.hidden = nn.ModuleList([linear(size, width) for size in sizes])
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in sizes])
+        self.output = linear(width, args.num_atoms)
+        self.output.bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Logits (B, atoms)."""
+        x = torch.cat([observation, action], -1)
+        for hidden, norm in zip(self.hidden, self.norms, strict=True):
+            x = F.silu(norm(hidden(x)))
+        return self.output(x)
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as flax makes it: weights of variance 1 / inputs, cut at two standard deviations, and no bias."""
+    layer = nn.Linear(inputs, outputs)
+    std = inputs**-0.5 / 0.87962566  # of the normal that has unit variance once it is cut
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+def gelu(x: Tensor) -> Tensor:
+    """JAX's form of it."""
+    return F.gelu(x, approximate="tanh")
+
+# ------------------------------------------------------------------------------------------------- diffusion chain
+# Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
+Chain = namedtuple("Chain", "action entropy_bound latents means")
+
+def tanh_log_det(x: Tensor) -> Tensor:
+    """log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
+    return 2 * (math.log(2.0) - x - F.softplus(-2 * x))
+
+def normal_log_prob(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
+    """Log-density of a Gaussian; as torch.distributions' but free of its checks, which a compiler can't follow."""
+    return -0.5 * ((x - mean) / std) ** 2 - torch.log(torch.as_tensor(std * math.sqrt(2 * math.pi)))
+
+def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
+    """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
+    state, time = actor.embed(observation)
+    variance, h = actor.prior_std**2, actor.step_sizes()
+    std = torch.sqrt(2 * h)
+    latent, latents, means = actor.prior_std * noise[-1], [], []
+    bound = -normal_log_prob(latent, 0.0, actor.prior_std)
+    for n in reversed(range(actor.num_steps)):
+        mean = latent + h[n] * (actor(state, time[n], latent) - latent / variance)  # Eq. 186, discretising Eq. 5
+        sample = mean + std[n] * noise[n]  # Eq. 31
+        noising = normal_log_prob(latent, sample - h[n] * sample / variance, std[n])  # Eq. 6, discretising Eq. 4
+        bound = bound + noising - normal_log_prob(sample, mean, std[n])
+        latents, means, latent = [latent, *latents], [mean, *means], sample
+    bound = bound + tanh_log_det(latent)  # Eq. 117, Eq. 180 (E1: its sign)
+    return Chain(torch.tanh(latent), bound.sum(-1), torch.stack(latents, 1), torch.stack(means, 1))
+
+def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: float) -> Tensor:
+    """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
+    (state, time), h = actor.embed(observation), actor.step_sizes()
+    latent = actor.prior_std * noise
+    for n in reversed(range(actor.num_steps)):
+        score = -latent / actor.prior_std**2 + actor(state, time[n], latent) / 2
+        latent = latent + h[n] * (latent / actor.prior_std**2 + 2 * score_scale * score)  # Eq. 185, Eq. 187
+    return torch.tanh(latent)
+
+def trajectory_kl(actor: Actor, observation: Tensor, latents: Tensor, means: Tensor, old_h: Tensor) -> Tensor:
+    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
+    closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
+    state, time = actor.embed(observation)
+    h = actor.step_sizes()
+    new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
+    kl = 0.5 * (old_h / h - 1 - torch.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
+    return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
+
+# ---------------------------------------------------------------------------------------------- critic and targets
+def hl_gauss(args: Args, returns: Tensor) -> Tensor:
+    """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
+    width = (args.v_max - args.v_min) / (args.num_atoms - 1)
+    edges = torch.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1, device=returns.device)
+    centre = returns.clamp(args.v_min, args.v_max)[..., None]
+    cdf = torch.special.ndtr((edges - centre) / (HL_GAUSS_SIGMA * width))
+    return torch.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
+
+def q_value(args: Args, logits: Tensor) -> Tensor:
+    """Q (...) of the critic's logits (..., atoms)."""
+    return torch.softmax(logits, -1) @ torch.linspace(args.v_min, args.v_max, args.num_atoms, device=logits.device)
+
+def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Tensor, value: Tensor, bonus: Tensor) -> Tensor:
+    """Soft lambda-returns, everything (T, E); `value` is Q and `bonus` alpha l at the true next observations."""
+    targets, later = torch.empty_like(reward), value[-1]  # bootstrapped where the rollout ends
+    for t in reversed(range(len(reward))):
+        mixture = torch.where(truncated[t], value[t], (1 - args.td_lambda) * value[t] + args.td_lambda * later)
+        # Chosen, not multiplied by 0: what follows a termination may be NaN.
+        later = reward[t] + args.gamma * torch.where(terminated[t], 0.0, bonus[t] + mixture)  # Eq. 118, Eq. 179 (E2, E12)
+        targets[t] = later
+    return targets
+
+# ------------------------------------------------------------------------------------------------ losses, learning
+# All that learns: actor, critic, logarithms of the duals alpha and lambda (2,), and Adam for the three.
+Learner = namedtuple("Learner", "actor critic log_duals actor_opt critic_opt dual_opt")
+# B states: normalised observations, and from the rollout actions, old chains and lambda-returns.
+Batch = namedtuple("Batch", "observation action latents means target")
+
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
+    """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
+    logits = critic(batch.observation, batch.action)
+    return F.cross_entropy(logits, hl_gauss(args, batch.target))
+
+def actor_loss(actor: Actor, args: Args, critic: Critic, log_duals: Tensor, batch: Batch, old_h: Tensor, noise: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+    """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
+    alpha, lambda_ = log_duals.detach().exp()
+    chain = sample_chain(actor, batch.observation, noise)
+    q = q_value(args, critic(batch.observation, chain.action))
+    improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
+    kl = trajectory_kl(actor, batch.observation, batch.latents, batch.means, old_h)
+    loss = torch.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
+    return loss.mean(), chain.entropy_bound.detach(), kl.detach()
+
+def dual_loss(log_duals: Tensor, args: Args, bound: Tensor, kl: Tensor, action_size: int) -> Tensor:
+    """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
+    surplus = bound.mean() + args.target_entropy_scale * action_size
+    excess = kl.mean() - args.trust_region_bound
+    alpha, lambda_ = log_duals.exp()
+    return alpha * surplus - lambda_ * excess  # Eq. 183, Eq. 184 (E4)
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
+    """One step down a loss's gradient, which is averaged over the processes and cut at a global norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss, parameters)
+    if WORLD > 1:
+        flat = torch.cat([x.flatten() for x in gradients]) / WORLD
+        dist.all_reduce(flat)
+        gradients = flat.split([x.numel() for x in gradients])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, noise: Tensor) -> Tensor:
+    """One gradient step each of critic, actor and duals; returns numbers of UPDATE_METRICS."""
+    value = critic_loss(learner.critic, args, batch)
+    descend(learner.critic_opt, value, args.max_grad_norm)
+    loss, bound, kl = actor_loss(learner.actor, args, learner.critic, learner.log_duals, batch, old_h, noise)
+    descend(learner.actor_opt, loss, args.max_grad_norm)
+    descend(learner.dual_opt, dual_loss(learner.log_duals, args, bound, kl, batch.action.shape[-1]))
+    violated = (kl > args.trust_region_bound).float()
+    return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), violated.mean()])
+
+UPDATE_METRICS = ("losses/critic", "losses/actor", "entropy/bound", "trust_region/kl", "trust_region/violated")
+
+def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[str, Tensor]:
+    """All epochs of shuffled minibatches; metrics are means over the last epoch."""
+    args, size = agent.args, len(data.action)
+    for _ in range(args.num_epochs):
+        metrics = []
+        for rows in torch.randperm(size, device=agent.device).split(args.minibatch_size // WORLD):
+            batch = Batch(*(x[rows] for x in data))
+            noise = torch.randn(args.num_diffusion_steps + 1, *batch.action.shape, device=agent.device)
+            metrics.append(agent.update(batch, old_h, noise))
+    return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
+
+# ------------------------------------------------------------------------------------------------------- iteration
+# What a checkpoint holds, then the environments' observations (E, .) and whether they have begun an episode in this process.
+TrainState = namedtuple("TrainState", "learner statistics iteration observation begun")
+
+def init_learner(args: Args, device: torch.device, observation_size: int, action_size: int) -> Learner:
+    """Networks, duals and Adam, from the seed; the same in every process."""
+    torch.manual_seed(args.seed)
+    actor, critic = (kind(args, observation_size, action_size).to(device) for kind in (Actor, Critic))
+    log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
+    learned = ([p for p in actor.parameters() if p.requires_grad], critic.parameters(), [log_duals])
+    rates = (args.actor_learning_rate, args.critic_learning_rate, args.dual_learning_rate)
+    optimizers = [torch.optim.Adam(parameters, rate, fused=True, capturable=device.type == "cuda")
+                  for parameters, rate in zip(learned, rates, strict=True)]
+    return Learner(actor, critic, log_duals, *optimizers)
+
+def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor) -> tuple[Chain, Tensor]:
+    """Chains of the actor at raw observations, and the normalised ones."""
+    seen = normalize(Statistics(None, moments), observation)
+    noise = torch.randn(args.num_diffusion_steps + 1, len(seen), actor.raw_friction.numel(), device=seen.device)
+    return sample_chain(actor, seen, noise), seen
+
+def rollout(agent: Agent, state: TrainState) -> tuple[Tensor, Transition]:
+    """Act for T steps with samples of the policy, keeping their chains; returns the observations to go on from, too."""
+    observation, steps = state.observation, []
+    for _ in range(agent.args.num_steps):
+        chain, _ = agent.sample(state.statistics.moments, observation)
+        action = chain.action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+        after, (*outcome, (ended, *numbers)) = env_step(agent.envs, action)
+        steps.append((observation, action, chain.latents, chain.means, *outcome, ended & state.begun, *numbers))
+        state.begun.logical_or_(ended)
+        observation = after
+    stacked = [torch.stack(x) for x in zip(*steps, strict=True)]
+    return observation, Transition(*stacked[:8], tuple(stacked[8:]))
+
+def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> Tensor:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
+    value, bonus = [], []
+    for observation in data.next_observation:
+        chain, seen = agent.sample(statistics.moments, observation)
+        value.append(q_value(agent.args, learner.critic(seen, chain.action)))
+        bonus.append(learner.log_duals[0].exp() * chain.entropy_bound)
+    return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, torch.stack(value), torch.stack(bonus))
+
+def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
+    """One iteration: rollout, targets, epochs of updates, observation statistics."""
+    args, learner = agent.args, state.learner
+    # Noise from seed, process and iteration: evaluations don't disturb it, and a run that is continued needs no other state.
+    torch.manual_seed(int(np.random.SeedSequence([args.seed, RANK, state.iteration]).generate_state(1)[0]))
+    with torch.no_grad():
+        observation, data = rollout(agent, state)
+        # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
+        # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
+        merged = update_statistics(state.statistics, data.observation)
+        statistics = merged if state.iteration == 0 else state.statistics
+        target = critic_targets(agent, learner, statistics, data)
+        batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
+        batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
+        # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
+        old_h, some = learner.actor.step_sizes(), Batch(*(x[::args.batch_size // args.minibatch_size] for x in batch))
+        noise = torch.randn(args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
+        fresh = sample_chain(learner.actor, some.observation, noise)
+    metrics = learn(agent, learner, batch, old_h)
+    with torch.no_grad():
+        for name, x in (("stored", some), ("fresh", fresh)):
+            kl = trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h)
+            metrics[f"trust_region/{name}_kl"] = kl.mean()
+        alpha, lambda_ = learner.log_duals.exp()
+        metrics |= {"trust_region/lambda": lambda_, "entropy/alpha": alpha,
+                    "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
+                    "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean()}
+        ended, *numbers = (everywhere(x.T) for x in data.episode)
+        names = ("charts/episodic_return", "charts/episodic_length", "charts/success_once")
+        metrics |= {name: (x * ended).sum() / ended.sum() for name, x in zip(names, numbers, strict=False)}
+    metrics["charts/episodes"] = ended.sum()
+    return TrainState(learner, merged, state.iteration + 1, observation, state.begun), metrics
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Tensor) -> Tensor:
+    """Actions (B, A) at raw observations, as --eval-mode says."""
+    args, seen = agent.args, normalize(statistics, observation)
+    if args.eval_mode == "ode":
+        noise = torch.randn(len(seen), learner.actor.raw_friction.numel(), device=agent.device)
+        return ode_action(learner.actor, seen, noise, args.ode_score_scale)
+    count = args.best_of_k if args.eval_mode == "best-of-k" else 1
+    actions = torch.stack([sample_policy(args, learner.actor, statistics.moments, observation)[0].action for _ in range(count)])
+    q = torch.stack([q_value(args, learner.critic(seen, action)) for action in actions])
+    return actions[q.argmax(0), torch.arange(len(seen), device=agent.device)]
+
+@torch.no_grad()
+def evaluate(agent: Agent, state: TrainState, folder: str | pathlib.Path) -> dict[str, Tensor]:
+    """Play an episode of full length, successful or not, in each of --num-eval-envs environments of its own; returns metrics.
+    With --capture-video, writes the first one's to an mp4."""
+    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration, 1]).generate_state(1)[0]))
+    observation, frames = env_reset(agent.eval_envs, agent.args.seed, state.iteration, 1), []
+    for _ in range(agent.time_limit):
+        action = evaluation_action(agent, state.learner, state.statistics, observation)
+        if agent.args.capture_video and RANK == 0:
+            frames.append(agent.eval_envs[0].render()[0].cpu().numpy())
+        observation, outcome = env_step(agent.eval_envs, action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
+    if frames:
+        mediapy, ffmpeg = importlib.import_module("mediapy"), importlib.import_module("imageio_ffmpeg")
+        mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
+        path = pathlib.Path(folder, "videos", f"step_{state.iteration * agent.args.batch_size}.mp4")
+        path.parent.mkdir(exist_ok=True)
+        mediapy.write_video(path, frames, fps=agent.eval_envs[0].base_env.control_freq)
+    _, total, length, once, at_end = (everywhere(x).float() for x in outcome[-1])
+    return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(correction=0),
+            "eval/episodic_length": length.mean(), "eval/success_once": once.mean(), "eval/success_at_end": at_end.mean()}
+
+# -------------------------------------------------------------------------------------- run folder and checkpoints
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
+    """Write everything that training continues from but the simulator's own state, and the seconds that it took. The file
+    appears under its name when it is complete; the last three are kept."""
+    folder, learner = run / "checkpoints", state.learner
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {name: part.state_dict() for name, part in learner._asdict().items() if name != "log_duals"}
+    content |= {"log_duals": learner.log_duals.detach(), "count": state.statistics.count, "moments": state.statistics.moments,
+                "iteration": state.iteration, "wall_time": wall_time}
+    torch.save(content, folder / "unfinished")
+    (folder / "unfinished").replace(folder / f"{step}.pt")
+    for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
+        path.unlink()
+
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What the newest checkpoint was given; exits with code 2 if there is none to be read. Nothing in it is executed."""
+    try:
+        newest = max(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
+        return torch.load(newest, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
+
+def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
+    """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
+    try:
+        for name, part in state.learner._asdict().items():
+            if name == "log_duals":
+                part.data.copy_(saved[name])
+            else:
+                part.load_state_dict(saved[name])
+        moments = state.statistics.moments.copy_(saved["moments"])
+        return state._replace(statistics=Statistics(saved["count"], moments), iteration=saved["iteration"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        fail(f"the checkpoint is not of this run: {str(error)[:300]}")
+
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
+    device = f"{WORLD} x {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores"
+    return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
+            "versions": {d.name: d.version for d in metadata.distributions()}}
+
+def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
+    """Write args.json and open metrics.jsonl and TensorBoard, to go on after this step; returns their logger."""
+    if RANK > 0:
+        return lambda *_: None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
+    if args.track:
+        importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+                                              name=folder.name, dir=str(folder), sync_tensorboard=True)
+    path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+    if path.exists():
+        # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(lines))
+        path.with_suffix(".tmp").replace(path)
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        ended = metrics["charts/episodes"] > 0  # else the rollout has no mean return
+        values = {name: x for name, x in metrics.items() if ended or not name.startswith(("charts/episodic", "charts/success"))}
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+    return log
+
+# -------------------------------------------------------------------------------------------------------- training
+def parse() -> tuple[Args, dict[str, Any]]:
+    """Resolved arguments and, with --resume or --evaluate, the content of a checkpoint."""
+    args = tyro.cli(Args)
+    run = args.resume or args.evaluate
+    if not run:
+        return resolve(args), {}
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        own = Args(**saved["args"] | {"resume": None, "evaluate": None})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+    args = tyro.cli(Args, default=own)
+    for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
+        if getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
+    return resolve(args), read_checkpoint(run)
+
+def prepare(args: Args, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
+    """Environments, and a training state, new or a checkpoint's. With --compile, what runs often is compiled."""
+    gpu = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if gpu else "gloo")
+    envs = [] if args.evaluate else make_envs(args, device, args.num_envs // WORLD, evaluation=False)
+    eval_envs = make_envs(args, device, args.num_eval_envs // WORLD, evaluation=True)
+    find_time_limit = importlib.import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value
+    time_limit = find_time_limit(eval_envs[0])
+    shapes = eval_envs[0].single_observation_space.shape[0], eval_envs[0].single_action_space.shape[0]
+    learner = init_learner(args, device, *shapes)
+    statistics = Statistics(0, torch.zeros(2, shapes[0], device=device))
+    state = TrainState(learner, statistics, 0, None, torch.zeros(args.num_envs // WORLD, dtype=torch.bool, device=device))
+    state = fill_state(state, saved) if saved else state
+    sample, update = functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)
+    if args.compile:
+        sample, update = torch.compile(sample), torch.compile(update)
+    if args.compile and gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
+        graph = importlib.import_module("tensordict.nn").CudaGraphModule
+        sample, update = graph(sample, warmup=5), graph(update, warmup=5)
+    if envs:
+        # Clocks start spread over an episode, so that time-outs do not coincide.
+        state = state._replace(observation=env_reset(envs, args.seed, state.iteration, 0))
+        for env in envs:
+            env.base_env.elapsed_steps.copy_(torch.randint(time_limit, (env.num_envs,)))
+    return Agent(args, device, envs, eval_envs, time_limit, sample, update), state
+
+def train(agent: Agent, state: TrainState, wall_time: float) -> int:
+    """The training loop; returns the process's exit code."""
+    args, received = agent.args, []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
+        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+    done = state.iteration
+    folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    log = open_run(folder, args, done * args.batch_size)
+    bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
+    started, code = time.perf_counter() - wall_time, 0
+    while done < args.num_iterations and not code:
+        began = time.perf_counter()
+        state, metrics = iterate(agent, state)
+        done, step = state.iteration, state.iteration * args.batch_size
+        metrics["signal"] = torch.tensor(128.0 + received[0] if received else 0.0)
+        values = everywhere(torch.stack([x.float().to(agent.device) for x in metrics.values()])[None])
+        code = int(values[:, -1].max())
+        metrics = dict(zip(metrics, values.mean(0).tolist(), strict=True))
+        del metrics["signal"]
+        metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
+        finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
+        if finite and (done == args.num_iterations or done % args.eval_interval == 0):
+            metrics |= {name: float(x) for name, x in evaluate(agent, state, folder).items()}
+            eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+            message = "step {:,}  SPS {:,.0f}  return {:.2f}  success {:.2f}  ETA {:.1f} min".format(
+                step, metrics["charts/SPS"], metrics["eval/episodic_return"], metrics["eval/success_once"], eta)
+            bar.write(message)
+            sys.stdout.flush()
+        log(step, time.perf_counter() - started, metrics)
+        bar.update()
+        if not finite:
+            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
+            code = 1
+        if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):
+            save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
+    bar.close()
+    print(folder)
+    return code
+
+def main() -> None:
+    """Parse, make the environments, then train, resume or evaluate."""
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it, JAX's default there
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    args, saved = parse()
+    if args.device == "cpu" or not torch.cuda.is_available():
+        torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
+    print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
+    agent, state = prepare(args, saved)
+    if not args.evaluate:
+        sys.exit(train(agent, state, float(saved.get("wall_time", 0.0))))
+    metrics = evaluate(agent, state, args.evaluate)
+    print(json.dumps({name: float(x) for name, x in metrics.items()}))
+
+if __name__ == "__main__":
+    main()
