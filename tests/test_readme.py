@@ -2,6 +2,9 @@
 
 import ast
 import dataclasses
+import importlib
+import itertools
+import os
 import pathlib
 import re
 import subprocess
@@ -10,9 +13,7 @@ import tomllib
 
 import pytest
 
-import trudi_mjx as trudi
-
-ROOT = pathlib.Path(trudi.__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("trudi_*.py"))
 NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
@@ -27,9 +28,10 @@ def depth(node):
     return isinstance(node, NESTING) + max(map(depth, children), default=0)
 
 
-def test_every_equation_of_the_table_is_marked_where_it_says():
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_equation_of_the_table_is_marked_where_it_says(path):
     table = dict(re.findall(r"^\| (\d+) \|.*\| `(\w+)` \|$", (ROOT / "README.md").read_text(), re.M))
-    lines = (ROOT / "trudi_mjx.py").read_text().splitlines()
+    lines = path.read_text().splitlines()
     marks = {(number, i) for i, line in enumerate(lines, 1) if "#" in line
              for number in re.findall(r"Eq\. (\d+)", line.split("#", 1)[1])}
     assert len(table) > 15
@@ -43,10 +45,14 @@ def test_readme_has_every_erratum():
 
 
 def test_requirements_agree_with_the_scripts():
-    header = re.search(r"# /// script\n(.*?)# ///", (ROOT / "trudi_mjx.py").read_text(), re.S)[1]
-    header = tomllib.loads("\n".join(line[2:] for line in header.splitlines()))
-    assert sorted(header["dependencies"]) == (ROOT / "requirements.txt").read_text().splitlines()
-    assert header["requires-python"] == ">=3.11"
+    found = set()
+    for path in SCRIPTS:
+        header = re.search(r"# /// script\n(.*?)# ///", path.read_text(), re.S)[1]
+        header = tomllib.loads("\n".join(line[2:] for line in header.splitlines()))
+        assert header["dependencies"] == sorted(header["dependencies"]), path.name
+        assert header["requires-python"] == ">=3.11", path.name
+        found |= set(header["dependencies"])
+    assert sorted(found) == (ROOT / "requirements.txt").read_text().splitlines()
 
 
 def test_ruff():
@@ -54,16 +60,33 @@ def test_ruff():
     assert result.returncode == 0, result.stdout
 
 
-def test_help_documents_every_flag():
-    out = subprocess.run([sys.executable, str(ROOT / "trudi_mjx.py"), "--help"], capture_output=True, text=True,
-                         env={"COLUMNS": "200", "PATH": ""}).stdout
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_documents_every_flag(path):
+    out = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True,
+                         env={"COLUMNS": "200", "PATH": os.environ["PATH"]}).stdout
     rows = re.split(r"\n. (?=-)", out)  # one for each flag, however many lines
-    for field in dataclasses.fields(trudi.Args):
+    for field in dataclasses.fields(importlib.import_module(path.stem).Args):
         names = re.compile(rf"--{field.name.replace('_', '-')}\b[^a-z]")
         row = next((row for row in rows if names.match(row)), None)
         computed = field.name in ("batch_size", "num_iterations")
         words = re.findall(r"[a-z]{2,}", row.split("(default")[0]) if row else []
         assert computed if row is None else len(words) > len(re.findall("[a-z]{2,}", field.name)), field.name
+
+
+def framework(path):
+    return "torch" if "\nimport torch\n" in path.read_text() else "jax"
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(SCRIPTS, 2)), ids=lambda path: path.stem)
+def test_what_is_repeated_has_not_drifted(one, other):
+    """Functions of one name in two scripts are the same text: those that every framework shares always, else within it."""
+    bodies = [{node.name: ast.unparse(node) for node in ast.parse(path.read_text()).body
+               if isinstance(node, ast.FunctionDef | ast.ClassDef)} for path in (one, other)]
+    shared = set(bodies[0]) & set(bodies[1])
+    anywhere = {"fail", "parse"}
+    assert anywhere <= shared
+    for name in shared - {"Args"} if framework(one) == framework(other) else anywhere:
+        assert bodies[0][name] == bodies[1][name], name
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -1,0 +1,473 @@
+"""trudi_maniskill.py: its environments, its loop, its command line. test_parity.py compares its losses with trudi_mjx.py's."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mani_skill")
+
+import without_vulkan  # noqa: E402
+
+import trudi_maniskill as trudi  # noqa: E402
+
+ROOT = pathlib.Path(trudi.__file__).parent
+CPU = torch.device("cpu")
+SIZES = dict(preset="cpu", num_envs=2, num_steps=8, minibatch_size=8, num_epochs=1, hidden_dim=16, num_diffusion_steps=2,
+             num_eval_envs=2, total_timesteps=128, eval_interval=4, checkpoint_interval=1)
+PATIENCE = float(os.environ.get("TRUDI_TEST_PATIENCE", "3"))
+# The seconds within which bad input is refused on a quiet machine.
+REFUSAL_SECONDS = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def materials():
+    without_vulkan.stub_materials()
+    torch.set_num_threads(1)
+
+
+def small_args(**changes):
+    return trudi.resolve(trudi.Args(**{**SIZES, **changes}))
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+class Fake:
+    """ManiSkillVectorEnv's interface around counters: shows how often it was stepped and succeeds after `limit` steps."""
+
+    num_envs = 1
+
+    def __init__(self, limit=3, horizon=5):
+        self.limit, self.horizon, self.count, self.total = limit, horizon, 0, 0.0
+        self.base_env = SimpleNamespace(elapsed_steps=torch.zeros(1, dtype=torch.int32))
+
+    def observation(self):
+        return torch.full((1, 2), float(self.count))
+
+    def reset(self, seed):
+        self.seed, self.count, self.total = seed, 0, 0.0
+        return self.observation(), {}
+
+    def step(self, action):
+        assert action.shape == (1, 3)
+        self.count += 1
+        self.total += self.count
+        success, late = self.count >= self.limit, self.count >= self.horizon
+        episode = {"return": torch.tensor([self.total]), "episode_len": torch.tensor([self.count]),
+                   "success_once": torch.tensor(success)}  # some tasks give it without an axis
+        info, after = {"episode": episode}, self.observation()
+        reward = torch.tensor([float(self.count)])
+        if success or late:
+            info = {"final_info": info, "final_observation": after}
+            self.count, self.total = 0, 0.0
+        return self.observation(), reward, torch.tensor([success]), torch.tensor([late]), info
+
+
+def test_a_success_and_a_time_out_both_bootstrap():
+    envs = [Fake(limit=3), Fake(limit=99)]
+    trudi.env_reset(envs, 1)
+    for step in range(1, 11):
+        observation, (reward, terminated, truncated, after, (ended, total, length, once, at_end)) = trudi.env_step(
+            envs, torch.zeros(2, 3))
+        in_episode = [(step - 1) % 3 + 1, (step - 1) % 5 + 1]
+        assert reward.tolist() == in_episode
+        assert after[:, 0].tolist() == in_episode  # the true next observation, not the reset's
+        ends = [in_episode[0] == 3, in_episode[1] == 5]
+        assert truncated.tolist() == ended.tolist() == ends
+        assert not terminated.any()
+        assert observation[:, 0].tolist() == [0 if end else n for end, n in zip(ends, in_episode, strict=True)]
+        assert length.tolist() == in_episode
+        assert total.tolist() == [n * (n + 1) / 2 for n in in_episode]
+        assert once.tolist() == at_end.tolist() == [ends[0], False]
+
+
+def test_environments_are_seeded_apart():
+    envs = [Fake() for _ in range(4)]
+    trudi.env_reset(envs, 1, 0)
+    first = [env.seed[0] for env in envs]
+    trudi.env_reset(envs, 1, 1)
+    second = [env.seed[0] for env in envs]
+    trudi.env_reset(envs, 1, 0)
+    assert len({*first, *second}) == 8
+    assert first == [env.seed[0] for env in envs]
+
+
+def fake_agent(args, envs):
+    learner = trudi.init_learner(args, CPU, 2, 3)
+    state = trudi.TrainState(learner, trudi.Statistics(0, torch.zeros(2, 2)), 0, trudi.env_reset(envs, 1),
+                             torch.zeros(len(envs), dtype=torch.bool))
+    sample = trudi.functools.partial(trudi.sample_policy, args, learner.actor)
+    update = trudi.functools.partial(trudi.update_minibatch, learner, args)
+    return trudi.Agent(args, CPU, envs, envs, 5, sample, update), state
+
+
+def test_rollout_keeps_what_acted_and_counts_whole_episodes_only():
+    args = small_args(num_envs=2, num_steps=12)
+    agent, state = fake_agent(args, [Fake(limit=99), Fake(limit=3)])
+    torch.nn.init.normal_(state.learner.actor.output.weight)
+    state = state._replace(statistics=trudi.Statistics(1, torch.tensor([[1.0, 1.0], [4.0, 4.0]])))
+    with torch.no_grad():
+        _, data = trudi.rollout(agent, state)
+    assert data.latents.shape == data.means.shape == (12, 2, 2, 3)
+    assert data.action.abs().max() <= torch.tensor(0.999)
+    assert data.episode[0].sum(0).tolist() == [1, 3]  # the first of each is taken for one begun in its middle
+    going_on = ~data.truncated[:-1]
+    assert (data.next_observation[:-1][going_on] == data.observation[1:][going_on]).all()
+    rows = [x.flatten(0, 1) for x in (data.latents, data.means)]
+    seen = trudi.normalize(state.statistics, data.observation.flatten(0, 1))
+    steps = state.learner.actor.step_sizes()
+    assert trudi.trajectory_kl(state.learner.actor, seen, *rows, steps).abs().max() < 1e-5
+    assert trudi.trajectory_kl(state.learner.actor, seen + 1, *rows, steps).abs().max() > 1e-3
+
+
+def test_first_minibatch_is_on_policy_and_the_iteration_learns():
+    args = small_args(num_envs=4, num_steps=16, minibatch_size=64)
+    agent, state = fake_agent(args, [Fake(limit=99) for _ in range(4)])
+    before = {name: x.clone() for name, x in state.learner.actor.state_dict().items()}
+    state, metrics = trudi.iterate(agent, state)
+    assert abs(float(metrics["trust_region/kl"])) < 1e-5  # one minibatch an iteration: the data is its own
+    assert float(metrics["trust_region/violated"]) == 0
+    assert any((x != before[name]).any() for name, x in state.learner.actor.state_dict().items())
+    assert float(metrics["charts/episodes"]) > 0
+    assert float(metrics["charts/episodic_return"]) == 15
+    assert float(metrics["charts/episodic_length"]) == 5
+    assert float(metrics["charts/success_once"]) == 0
+    state, metrics = trudi.iterate(agent, state)
+    assert state.iteration == 2
+    assert all(np.isfinite(float(x)) for x in metrics.values())
+
+
+@pytest.mark.parametrize("k", [1, 2, 10])
+def test_best_of_k_has_the_largest_q(k, monkeypatch):
+    """The best of K symmetric draws is negative in one case of 2^K."""
+    states = 3000
+    args = small_args(eval_mode="best-of-k", best_of_k=k)
+    agent, state = fake_agent(args, [Fake()])
+    monkeypatch.setattr(trudi, "q_value", lambda args, logits: logits)
+    learner = state.learner._replace(critic=lambda seen, action: action[:, 0])
+    statistics = trudi.Statistics(1, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        action = trudi.evaluation_action(agent, learner, statistics, torch.zeros(states, 2))
+    assert action.shape == (states, 3)
+    np.testing.assert_allclose((action[:, 0] < 0).float().mean(), 0.5**k, atol=4 * np.sqrt(0.25 / states) if k < 10 else 0.005)
+
+
+# ------------------------------------------------------------------------------------------------------- real tasks
+def prepared(**changes):
+    args = small_args(**changes)
+    return trudi.prepare(args, {})
+
+
+@pytest.mark.parametrize("env_id", trudi.TASKS)
+def test_every_task_trains_and_is_evaluated(env_id, tmp_path):
+    agent, state = prepared(env_id=env_id, num_envs=2, num_steps=4, minibatch_size=8)
+    actions = {"TwoRobotPickCube-v1": 16, "TwoRobotStackCube-v1": 16, "PushT-v1": 7}.get(env_id, 8)
+    assert len(state.learner.actor.raw_friction) == actions
+    for _ in range(2):
+        state, metrics = trudi.iterate(agent, state)
+    assert all(np.isfinite(float(x)) for name, x in metrics.items() if not name.startswith(("charts/episodic", "charts/succ")))
+    metrics = {name: float(x) for name, x in trudi.evaluate(agent, state, tmp_path).items()}
+    assert metrics["eval/episodic_length"] == agent.time_limit
+    assert 0 <= metrics["eval/success_at_end"] <= metrics["eval/success_once"] <= 1
+    assert np.isfinite(metrics["eval/episodic_return"])
+
+
+def test_clocks_start_spread_out_and_time_outs_come_at_the_limit():
+    agent, state = prepared(num_envs=6)
+    assert agent.time_limit == 50
+    clocks = np.array([int(env.base_env.elapsed_steps) for env in agent.envs])
+    assert len(set(clocks)) > 3
+    ends = []
+    for _ in range(50):
+        _, outcome = trudi.env_step(agent.envs, torch.zeros(6, 8))
+        ends.append(outcome[2].numpy())
+    np.testing.assert_array_equal(np.argmax(ends, 0), 49 - clocks)
+    assert np.sum(ends) == 6
+
+
+def test_training_ends_at_a_success_and_evaluation_goes_on(monkeypatch):
+    agent, _ = prepared()
+    for env in (agent.envs[0], agent.eval_envs[0]):
+        monkeypatch.setattr(env.base_env, "evaluate", lambda: {"success": torch.tensor([True])})
+    for env in agent.envs:
+        env.base_env.elapsed_steps.zero_()
+    _, (_, terminated, truncated, *_) = trudi.env_step(agent.envs, torch.zeros(2, 8))
+    assert truncated.tolist() == [True, False]
+    assert not terminated.any()
+    trudi.env_reset(agent.eval_envs, 1)
+    _, (_, _, truncated, _, (_, _, _, once, _)) = trudi.env_step(agent.eval_envs, torch.zeros(2, 8))
+    assert not truncated.any()
+    assert once.tolist() == [True, False]
+
+
+def test_evaluation_does_not_disturb_training(tmp_path):
+    """The same numbers with an evaluation between two iterations as without; other seeds give others."""
+    def losses(evaluated, seed=1):
+        agent, state = prepared(seed=seed, num_steps=16)
+        state, _ = trudi.iterate(agent, state)
+        if evaluated:
+            trudi.evaluate(agent, state, tmp_path)
+        _, metrics = trudi.iterate(agent, state)
+        return [float(metrics[name]) for name in trudi.UPDATE_METRICS]
+
+    assert losses(True) == losses(False)
+    assert losses(False) != losses(False, seed=2)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+JOINT = """
+import dataclasses, sys, numpy as np, torch, torch.distributed as dist
+import trudi_maniskill as trudi
+args = dataclasses.replace(trudi.Args(), preset="cpu", hidden_dim=16, v_min=-3.0, v_max=3.0, actor_learning_rate=1e-2,
+                           critic_learning_rate=1e-2, dual_learning_rate=1e-2, target_entropy_scale=0.665, num_atoms=21)
+if trudi.WORLD > 1:
+    dist.init_process_group("gloo")
+rng = np.random.default_rng(0)
+learner = trudi.init_learner(args, torch.device("cpu"), 5, 2)
+torch.manual_seed(0)
+torch.nn.init.normal_(learner.actor.output.weight)
+rows = slice(trudi.RANK * 32 // trudi.WORLD, (trudi.RANK + 1) * 32 // trudi.WORLD)
+def normal(*shape, axis=0):
+    x = torch.tensor(rng.normal(size=shape).astype(np.float32))
+    return x[rows] if axis == 0 else x[:, rows]
+found = []
+for _ in range(4):
+    batch = trudi.Batch(normal(32, 5), normal(32, 2).tanh(), normal(32, 8, 2), normal(32, 8, 2), normal(32))
+    h = learner.actor.step_sizes().detach()
+    metrics = trudi.update_minibatch(learner, args, batch, h, normal(9, 32, 2, axis=1))
+    found.append(trudi.everywhere(metrics[None]).mean(0))
+statistics = trudi.Statistics(0, torch.zeros(2, 5))
+for scale in (1, 3):
+    statistics = trudi.update_statistics(statistics, scale * normal(32, 4, 5).transpose(0, 1))
+found += [learner.log_duals.detach(), statistics.moments.flatten(), learner.actor.output.weight.detach().flatten(),
+          learner.critic.output.bias.detach(), torch.tensor([float(statistics.count)])]
+if trudi.RANK == 0:
+    np.save(sys.argv[1], torch.cat(found).numpy())
+"""
+
+
+def processes(script, world, *flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
+              "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([sys.executable, *script, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    ended = [process.communicate(timeout=600) for process in started]
+    assert all(process.returncode == 0 for process in started), [err[-2000:] for _, err in ended]
+    return [out for out, _ in ended]
+
+
+def test_two_processes_are_one_on_the_joint_batch(tmp_path):
+    """Losses, weights, duals and statistics after four minibatches, one half of each in either of two gloo processes."""
+    script = tmp_path / "joint.py"
+    script.write_text(JOINT)
+    for world in (1, 2):
+        processes([script], world, tmp_path / f"{world}.npy")
+    one, two = (np.load(tmp_path / f"{world}.npy") for world in (1, 2))
+    print("largest difference:", np.abs(one - two).max())
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+FLAGS = [x for name, value in SIZES.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+LAUNCH = [str(ROOT / "tests" / "without_vulkan.py"), str(ROOT / "trudi_maniskill.py")]
+
+
+def start(*flags):
+    command = [sys.executable, *LAUNCH, *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, (process.returncode, err[-3000:])
+    return out, err
+
+
+def events(run):
+    return [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train(tmp_path):
+    out, silent = processes(LAUNCH, 2, *FLAGS, "--log-dir", tmp_path)
+    assert silent == ""
+    run = pathlib.Path(out.splitlines()[-1])
+    assert [event["step"] for event in events(run)] == list(range(16, 129, 16))
+    assert "eval/success_once" in events(run)[-1]
+
+
+def test_command_line(tmp_path):
+    """A run, continued beyond its end, evaluated; its folder."""
+    out, _ = finish(start(*FLAGS, "--log-dir", tmp_path))
+    run = pathlib.Path(out.splitlines()[-1])
+    assert run.parent == tmp_path
+    assert run.name.startswith("PushCube-v1__trudi_maniskill__1__")
+    found = events(run)
+    assert [event["step"] for event in found] == list(range(16, 129, 16))
+    assert [event["step"] for event in found if "eval/success_once" in event] == [64, 128]
+    times = [event["wall_time"] for event in found]
+    assert times == sorted(times)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["112.pt", "128.pt", "96.pt"]
+    assert list(run.glob("events.out.tfevents*"))
+    saved = json.loads((run / "args.json").read_text())
+    assert saved["versions"]["torch"]
+    assert saved["args"]["num_iterations"] == 8
+    finish(start("--resume", run, "--total-timesteps", 160))
+    assert [event["step"] for event in events(run)] == list(range(16, 161, 16))
+    assert events(run)[:8] == found
+    before = sorted(path.name for path in run.iterdir())
+    out, _ = finish(start("--evaluate", run, "--eval-mode", "sde", "--num-eval-envs", 4))
+    assert set(json.loads(out.splitlines()[-1])) >= {"eval/success_once", "eval/success_at_end", "eval/episodic_return"}
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interrupted_runs_continue(number, tmp_path):
+    process = start(*FLAGS, "--total-timesteps", 100_000, "--log-dir", tmp_path)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not list(tmp_path.glob("*/checkpoints/[4-9]?.pt")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=100)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    run, = tmp_path.iterdir()
+    newest = max(int(path.stem) for path in (run / "checkpoints").glob("*.pt"))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert newest >= steps[-1] - 16  # at most an interval is lost
+    finish(start("--resume", run, "--total-timesteps", newest + 32))
+    assert [event["step"] for event in events(run)] == list(range(16, newest + 33, 16))
+
+
+def test_a_checkpoint_restores_everything_but_the_simulator(tmp_path):
+    agent, state = prepared()
+    for _ in range(2):
+        state, _ = trudi.iterate(agent, state)
+    trudi.save_checkpoint(tmp_path, state, 32, 1.5)
+    saved = trudi.read_checkpoint(str(tmp_path))
+    assert saved["wall_time"] == 1.5
+    _, other = trudi.prepare(agent.args, saved)
+    assert other.iteration == 2
+    assert torch.equal(other.statistics.moments, state.statistics.moments)
+    assert torch.equal(other.learner.log_duals, state.learner.log_duals)
+    generator = np.random.default_rng(0)
+    batch = trudi.Batch(*(torch.tensor(generator.normal(size=shape), dtype=torch.float32) for shape in (
+        (8, 35), (8, 8), (8, 2, 8), (8, 2, 8), (8,))))
+    noise, old_h = torch.randn(3, 8, 8), state.learner.actor.step_sizes().detach()
+    for _ in range(2):  # Adam's moments too
+        results = [trudi.update_minibatch(x.learner, agent.args, batch, old_h, noise) for x in (state, other)]
+        assert torch.equal(*results)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+def refusal(code, error):
+    assert code == 2, error[-2000:]
+    line, = error.splitlines()
+    assert line.startswith("trudi_maniskill.py: error: ")
+    return line
+
+
+def refused(*flags):
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, ROOT / "trudi_maniskill.py", *map(str, flags)], capture_output=True, text=True)
+    assert time.perf_counter() - began < REFUSAL_SECONDS * PATIENCE
+    return refusal(done.returncode, done.stderr)
+
+
+POSITIVE = ("total_timesteps num_envs num_steps num_epochs minibatch_size max_grad_norm hidden_dim actor_learning_rate "
+            "critic_learning_rate dual_learning_rate num_diffusion_steps prior_std trust_region_bound num_atoms best_of_k "
+            "eval_interval num_eval_envs checkpoint_interval").split()
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("changes", [
+    *({name: number} for name in POSITIVE for number in (0, -1)),
+    dict(seed=-1), dict(gamma=-0.1), dict(gamma=1.0), dict(gamma=NAN), dict(td_lambda=1.1), dict(ode_score_scale=-1.0),
+    dict(prior_std=NAN), dict(trust_region_bound=NAN), dict(v_min=5.0, v_max=5.0), dict(v_min=NAN), dict(num_atoms=1),
+    dict(total_timesteps=10), dict(minibatch_size=6), dict(env_id="PushCub")], ids=str)
+def test_values(changes, capsys):
+    small_args()
+    with pytest.raises(SystemExit) as stop:
+        small_args(**changes)
+    line = refusal(stop.value.code, capsys.readouterr().err)
+    assert any(f"--{name.replace('_', '-')}" in line for name in changes) or changes == {"minibatch_size": 6}
+
+
+def test_two_processes_need_sizes_that_divide(capsys, monkeypatch):
+    monkeypatch.setattr(trudi, "WORLD", 2)
+    small_args()
+    for changes in (dict(num_envs=1, num_steps=16), dict(minibatch_size=1), dict(num_eval_envs=3)):
+        with pytest.raises(SystemExit):
+            small_args(**changes)
+        assert "2 processes" in capsys.readouterr().err
+
+
+def test_unknown_tasks():
+    assert "PushCube-v1" in refused("--env-id", "PushCubes-v1")
+    assert "no_such_module" in refused("--env-id", "no_such_module:Task-v1", *FLAGS)
+
+
+def test_missing_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "--device cpu" in refused("--device", "gpu")
+
+
+def test_no_vulkan():
+    """The real error, where there is no Vulkan device."""
+    done = subprocess.run([sys.executable, ROOT / "trudi_maniskill.py", *FLAGS, "--total-timesteps", "16"], cwd=ROOT,
+                          capture_output=True, text=True)
+    if done.returncode == 0:
+        pytest.skip("a Vulkan device was found")
+    assert done.returncode == 2
+    assert "mesa-vulkan-drivers" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "pickle", "no checkpoint", "other sizes"])
+def test_damaged_checkpoints(damage, tmp_path, capsys, monkeypatch):
+    args = small_args(total_timesteps=16)
+    (tmp_path / "args.json").write_text(json.dumps({"args": dataclasses.asdict(args), "script": "trudi_maniskill"}))
+    agent, state = fake_agent(args, [Fake(), Fake()])
+    trudi.save_checkpoint(tmp_path, state, 16, 0.0)
+    path = tmp_path / "checkpoints" / "16.pt"
+    if damage == "pickle":
+        torch.save({"actor": SimpleNamespace(), "wall_time": 1.0}, path)
+    elif damage == "no checkpoint":
+        path.unlink()
+    elif damage != "other sizes":
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if damage == "truncated" else 0])
+    monkeypatch.setattr(sys, "argv", ["trudi_maniskill.py", "--resume", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        args, saved = trudi.parse()
+        trudi.prepare(args, saved)  # only sizes are looked at so late
+    line = refusal(stop.value.code, capsys.readouterr().err)
+    assert "not of this run" in line if damage == "other sizes" else str(tmp_path) in line
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"args": {}, "script": "trudi_mjx"}'])
+def test_foreign_runs(content, tmp_path):
+    (tmp_path / "args.json").write_text(content)
+    assert str(tmp_path) in refused("--resume", tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    args = small_args(log_dir=str(tmp_path), num_steps=8)
+    agent, state = fake_agent(args, [Fake(), Fake()])
+    state.learner.actor.hidden[0].weight.data.fill_(float("nan"))
+    assert trudi.train(agent, state, 0.0) == 1
+    out, err = capsys.readouterr()
+    run = pathlib.Path(out.splitlines()[-1])
+    assert "iteration 1: a loss is not finite" in err
+    assert list((run / "diverged" / "checkpoints").glob("*.pt"))
+    assert not (run / "checkpoints").exists()
