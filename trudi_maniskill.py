@@ -45,8 +45,8 @@ from torch import Tensor, nn
 TASKS = tuple(f"{name}-v1" for name in (
     "PickCube StackCube PokeCube PullCube PushCube RollBall LiftPegUpright PlaceSphere PlugCharger PushT PullCubeTool "
     "TwoRobotPickCube TwoRobotStackCube").split())
-# Table 5, but for gamma: its 0.99 makes soft returns of up to 100, of which these atoms hold 15 (README.md). REPPO's instead, 1 -
-# 10 / horizon, which is 0.8 in most tasks; these have longer horizons.
+# Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15 (README.md). Instead, as REPPO's
+# code has it, 1 - 10 / time limit; most tasks' is 50 steps.
 SUITE = dict(gamma=0.8, v_min=-15.0, v_max=15.0)
 GAMMA = {"RollBall-v1": 0.875, "PlugCharger-v1": 0.95} | dict.fromkeys(
     ("PushT-v1", "PullCubeTool-v1", "TwoRobotPickCube-v1", "TwoRobotStackCube-v1"), 0.9)
@@ -54,7 +54,7 @@ PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
     "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
                   actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
                   eval_interval=15, checkpoint_interval=15, target_entropy_scale=0.665),
-    "cpu": dict(total_timesteps=2_000_000, num_envs=32, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
+    "cpu": dict(total_timesteps=300_000, num_envs=32, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
                 actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=32,
                 eval_interval=20, checkpoint_interval=20, target_entropy_scale=0.665)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
@@ -123,7 +123,7 @@ def resolve(args: Args) -> Args:
     if args.env_id not in TASKS and ":" not in args.env_id:
         near = difflib.get_close_matches(args.env_id, TASKS, 3, 0.4) or TASKS[:3]
         fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
-    if ":" in args.env_id and not importlib.util.find_spec(args.env_id.split(":")[0]):
+    if ":" in args.env_id and not importlib.util.find_spec(args.env_id.split(":")[0].split(".")[0]):
         fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
     if args.device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
@@ -300,25 +300,21 @@ def tanh_log_det(x: Tensor) -> Tensor:
     """log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
     return 2 * (math.log(2.0) - x - F.softplus(-2 * x))
 
-def normal_log_prob(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
-    """Log-density of a Gaussian; as torch.distributions' but free of its checks, which a compiler can't follow."""
-    return -0.5 * ((x - mean) / std) ** 2 - torch.log(torch.as_tensor(std * math.sqrt(2 * math.pi)))
-
 def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
-    state, time = actor.embed(observation)
-    variance, h = actor.prior_std**2, actor.step_sizes()
-    std = torch.sqrt(2 * h)
-    latent, latents, means = actor.prior_std * noise[-1], [], []
-    bound = -normal_log_prob(latent, 0.0, actor.prior_std)
+    (state, time), h, variance = actor.embed(observation), actor.step_sizes(), actor.prior_std**2
+    std, latents, means = torch.sqrt(2 * h), [actor.prior_std * noise[-1]], []
     for n in reversed(range(actor.num_steps)):
-        mean = latent + h[n] * (actor(state, time[n], latent) - latent / variance)  # Eq. 186, discretising Eq. 5
-        sample = mean + std[n] * noise[n]  # Eq. 31
-        noising = normal_log_prob(latent, sample - h[n] * sample / variance, std[n])  # Eq. 6, discretising Eq. 4
-        bound = bound + noising - normal_log_prob(sample, mean, std[n])
-        latents, means, latent = [latent, *latents], [mean, *means], sample
-    bound = bound + tanh_log_det(latent)  # Eq. 117, Eq. 180 (E1: its sign)
-    return Chain(torch.tanh(latent), bound.sum(-1), torch.stack(latents, 1), torch.stack(means, 1))
+        latent = latents[-1]
+        means.append(latent + h[n] * (actor(state, time[n], latent) - latent / variance))  # Eq. 186, discretising Eq. 5
+        latents.append(means[-1] + std[n] * noise[n])  # Eq. 31
+    means, latents = torch.stack(means[::-1]), torch.stack(latents[::-1])
+    # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
+    noising = ((latents[1:] - latents[:-1] * (1 - h[:, None] / variance)) / std[:, None]) ** 2  # Eq. 6, discretising Eq. 4
+    log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
+    prior = -0.5 * noise[-1] ** 2 - math.log(actor.prior_std * math.sqrt(2 * math.pi))
+    bound = log_ratio - prior + tanh_log_det(latents[0])  # Eq. 117, Eq. 180 (E1: its sign)
+    return Chain(torch.tanh(latents[0]), bound.sum(-1), latents[1:].transpose(0, 1), means.transpose(0, 1))
 
 def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: float) -> Tensor:
     """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""

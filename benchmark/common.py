@@ -17,7 +17,8 @@ RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 import trudi_mjx as trudi  # noqa: E402
 
-PACKAGES = ("flax", "jax", "mujoco", "numpy", "nvidia-c", "optax", "orbax", "playground", "warp-lang")  # their prefixes
+# Prefixes of the names of those whose versions matter.
+PACKAGES = ("flax", "jax", "mani", "mujoco", "numpy", "nvidia-c", "optax", "orbax", "playground", "torch", "warp-lang")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes(trudi.Args):

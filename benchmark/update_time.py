@@ -1,0 +1,102 @@
+"""How long does an update take in PyTorch, trudi_maniskill.py, and in JAX, trudi_mjx.py, at equal sizes?
+
+    python benchmark/update_time.py [--hidden-dim 512 --minibatch-size 2048]
+
+Both run `learn`, one epoch of --num-minibatches gradient steps of critic, actor and duals, on the same random data, in turn, so
+that a disturbance of the machine meets both. Medians over --repeats; the ratio is the median of the pairs' ratios. PyTorch runs
+as the script has it, on one thread of a CPU (and as often as asked with --compile); JAX takes all cores. Results are added to
+benchmark/results/update_time_{device}.json.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+import tyro
+from common import RESULTS, cpu_name, markdown_table, provenance, trudi
+
+import trudi_maniskill
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure both scripts' updates."""
+
+    hidden_dim: int = 64  # width of actor and critic
+    minibatch_size: int = 256  # states in a gradient step
+    num_minibatches: int = 8  # gradient steps in a call
+    observation_size: int = 35  # entries of an observation (PushCube's)
+    action_size: int = 8  # action dimensions (PushCube's)
+    repeats: int = 10  # timed pairs of calls
+    compile: bool = False  # torch.compile
+
+def jax_update(options: Options, args: trudi.Args, data: list[np.ndarray]) -> Callable[[], None]:
+    """A call of trudi_mjx.py's `learn`, compiled."""
+    rngs = trudi.nnx.Rngs(0)
+    actor, critic = (kind(args, options.observation_size, options.action_size, rngs) for kind in (trudi.Actor, trudi.Critic))
+    duals = {name: jax.numpy.log(0.01) for name in ("log_alpha", "log_lambda")}
+    moments = [o.init(p) for o, p in zip(trudi.optimizers(args), (actor, critic, duals), strict=True)]
+    agent = trudi.Agent(args, None, None, jax.sharding.Mesh(jax.devices()[:1], ("env",)))
+    learner, batch = jax.device_put((trudi.Learner(actor, critic, duals, *moments), trudi.Batch(data[0], *data)))
+    learn = jax.jit(functools.partial(trudi.learn, agent))
+    return lambda: jax.block_until_ready(learn(learner, batch, actor.step_sizes(), jax.random.PRNGKey(0)))
+
+def torch_update(options: Options, args: trudi_maniskill.Args, data: list[np.ndarray]) -> Callable[[], None]:
+    """A call of trudi_maniskill.py's `learn`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learner = trudi_maniskill.init_learner(args, device, options.observation_size, options.action_size)
+    update = functools.partial(trudi_maniskill.update_minibatch, learner, args)
+    if options.compile:
+        update = torch.compile(update)
+    if options.compile and device.type == "cuda":
+        from tensordict.nn import CudaGraphModule
+        update = CudaGraphModule(update, warmup=5)
+    agent = trudi_maniskill.Agent(args, device, None, None, None, None, update)
+    batch = trudi_maniskill.Batch(*(torch.tensor(x, device=device) for x in data))
+    def call() -> None:
+        trudi_maniskill.learn(agent, learner, batch, learner.actor.step_sizes().detach())
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return call
+
+def main() -> None:
+    """Time the two in turn; print a table, write JSON."""
+    options = tyro.cli(Options)
+    sizes = dict(preset="cpu", hidden_dim=options.hidden_dim, minibatch_size=options.minibatch_size, num_epochs=1,
+                 num_envs=options.minibatch_size, num_steps=options.num_minibatches,
+                 total_timesteps=options.minibatch_size * options.num_minibatches, v_min=-15.0, v_max=15.0)
+    rng, size = np.random.default_rng(0), sizes["total_timesteps"]
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    shape = (size, trudi.Args.num_diffusion_steps, options.action_size)
+    data = [rng.normal(size=s).astype(np.float32) for s in (
+        (size, options.observation_size), (size, options.action_size), shape, shape, (size,))]
+    calls = {"JAX": jax_update(options, trudi.resolve(trudi.Args(**sizes)), data),
+             "PyTorch": torch_update(options, trudi_maniskill.resolve(trudi_maniskill.Args(**sizes)), data)}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(options.repeats + 2):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if repeat > 1:  # the first ones compile, or capture a graph
+                seconds[name].append((time.perf_counter() - began) / options.num_minibatches)
+    ratios = [b / a for a, b in zip(seconds["JAX"], seconds["PyTorch"], strict=True)]
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else cpu_name()
+    columns = {f"{name}, ms": [1e3 * x for x in values] for name, values in seconds.items()} | {"PyTorch / JAX": ratios}
+    rows = [[name, f"{statistics.median(x):.2f}", f"{min(x):.2f} to {max(x):.2f}"] for name, x in columns.items()]
+    title = f"minibatch of {options.minibatch_size}, width {options.hidden_dim}, {device}"
+    print(markdown_table([title, "median", "range"], rows))
+    path = RESULTS / f"update_time_{'gpu' if gpu else 'cpu'}.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    found.append({"provenance": provenance(), "options": vars(options), "seconds": seconds, "ratio": statistics.median(ratios)})
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+if __name__ == "__main__":
+    main()
