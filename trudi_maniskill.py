@@ -194,7 +194,7 @@ def env_step(envs: list[Any], action: Tensor) -> tuple[Tensor, tuple]:
         episode = {"success_at_end": success} | info.get("final_info", info)["episode"]
         numbers = [episode[name].expand(len(part)) for name in ("return", "episode_len", "success_once", "success_at_end")]
         outcomes.append((observation, reward.float(), success | late, info.get("final_observation", observation), *numbers))
-    observation, reward, truncated, after, *numbers = (torch.cat(x).clone() for x in zip(*outcomes, strict=True))
+    observation, reward, truncated, after, *numbers = (torch.cat(x) for x in zip(*outcomes, strict=True))
     return observation, (reward, torch.zeros_like(truncated), truncated, after, (truncated, *numbers))
 
 def everywhere(x: Tensor) -> Tensor:
@@ -310,7 +310,8 @@ def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
         latents.append(means[-1] + std[n] * noise[n])  # Eq. 31
     means, latents = torch.stack(means[::-1]), torch.stack(latents[::-1])
     # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
-    noising = ((latents[1:] - latents[:-1] * (1 - h[:, None] / variance)) / std[:, None]) ** 2  # Eq. 6, discretising Eq. 4
+    h = h[:, None]
+    noising = (latents[1:] - latents[:-1] * (1 - h / variance)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
     log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
     prior = -0.5 * noise[-1] ** 2 - math.log(actor.prior_std * math.sqrt(2 * math.pi))
     bound = log_ratio - prior + tanh_log_det(latents[0])  # Eq. 117, Eq. 180 (E1: its sign)

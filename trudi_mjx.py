@@ -43,7 +43,6 @@ import tyro
 from flax import nnx
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.scipy.stats import norm as normal
 from jax.sharding import NamedSharding, PartitionSpec
 
 DMC = tuple(
@@ -297,19 +296,19 @@ def tanh_log_det(x: Array) -> Array:
 
 def sample_chain(actor: Actor, observation: Array, noise: Array, unroll: bool = False) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
-    state, time = actor.embed(observation)
-    variance = actor.prior_std**2
+    (state, time), h, variance = actor.embed(observation), actor.step_sizes(), actor.prior_std**2
     def denoise(latent: Array, step: tuple) -> tuple[Array, tuple]:
         h, time_n, xi = step
         mean = latent + h * (actor(state, time_n, latent) - latent / variance)  # Eq. 186, discretising Eq. 5
-        std = jnp.sqrt(2 * h)
-        sample = mean + std * xi  # Eq. 31
-        noising = normal.logpdf(latent, sample - h * sample / variance, std)  # Eq. 6, discretising Eq. 4
-        return sample, (noising - normal.logpdf(sample, mean, std), latent, mean)
-    first = actor.prior_std * noise[-1]
-    steps = (actor.step_sizes(), time, noise[:-1])
-    last, (log_ratios, latents, means) = jax.lax.scan(denoise, first, steps, reverse=True, unroll=unroll)
-    bound = log_ratios.sum(0) - normal.logpdf(first, 0, actor.prior_std) + tanh_log_det(last)  # Eq. 117, Eq. 180 (E1: its sign)
+        return mean + jnp.sqrt(2 * h) * xi, (latent, mean)  # Eq. 31
+    steps = (h, time, noise[:-1])
+    last, (latents, means) = jax.lax.scan(denoise, actor.prior_std * noise[-1], steps, reverse=True, unroll=unroll)
+    # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
+    later, h = jnp.concatenate([last[None], latents[:-1]]), h[:, None]
+    noising = (latents - later * (1 - h / variance)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
+    log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
+    prior = -0.5 * noise[-1] ** 2 - jnp.log(actor.prior_std * jnp.sqrt(2 * jnp.pi))
+    bound = log_ratio - prior + tanh_log_det(last)  # Eq. 117, Eq. 180 (E1: its sign)
     return Chain(jnp.tanh(last), bound.sum(-1), jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
 
 def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: float) -> Array:

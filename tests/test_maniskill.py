@@ -425,11 +425,9 @@ def test_missing_gpu():
 
 
 def test_no_vulkan():
-    """The real error, where there is no Vulkan device."""
-    done = subprocess.run([sys.executable, ROOT / "trudi_maniskill.py", *FLAGS, "--total-timesteps", "16"], cwd=ROOT,
-                          capture_output=True, text=True)
-    if done.returncode == 0:
-        pytest.skip("a Vulkan device was found")
+    """The loader's own variables hide what drivers there are."""
+    done = subprocess.run([sys.executable, ROOT / "trudi_maniskill.py", *FLAGS], capture_output=True, text=True,
+                          env={**os.environ, "VK_DRIVER_FILES": "/nonexistent", "VK_ICD_FILENAMES": "/nonexistent"})
     assert done.returncode == 2
     assert "mesa-vulkan-drivers" in done.stderr.splitlines()[-1]
 
