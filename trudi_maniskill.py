@@ -303,11 +303,11 @@ def tanh_log_det(x: Tensor) -> Tensor:
 def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
     (state, time), h, variance = actor.embed(observation), actor.step_sizes(), actor.prior_std**2
-    std, latents, means = torch.sqrt(2 * h), [actor.prior_std * noise[-1]], []
-    for n in reversed(range(actor.num_steps)):
+    latents, means = [actor.prior_std * noise[-1]], []
+    for h_n, std, time_n, xi in reversed(list(zip(h, torch.sqrt(2 * h), time, noise[:-1], strict=True))):
         latent = latents[-1]
-        means.append(latent + h[n] * (actor(state, time[n], latent) - latent / variance))  # Eq. 186, discretising Eq. 5
-        latents.append(means[-1] + std[n] * noise[n])  # Eq. 31
+        means.append(latent + h_n * (actor(state, time_n, latent) - latent / variance))  # Eq. 186, discretising Eq. 5
+        latents.append(means[-1] + std * xi)  # Eq. 31
     means, latents = torch.stack(means[::-1]), torch.stack(latents[::-1])
     # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
     h = h[:, None]
@@ -319,11 +319,10 @@ def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
 
 def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: float) -> Tensor:
     """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
-    (state, time), h = actor.embed(observation), actor.step_sizes()
-    latent = actor.prior_std * noise
-    for n in reversed(range(actor.num_steps)):
-        score = -latent / actor.prior_std**2 + actor(state, time[n], latent) / 2
-        latent = latent + h[n] * (latent / actor.prior_std**2 + 2 * score_scale * score)  # Eq. 185, Eq. 187
+    (state, time), latent = actor.embed(observation), actor.prior_std * noise
+    for h, time_n in reversed(list(zip(actor.step_sizes(), time, strict=True))):
+        score = -latent / actor.prior_std**2 + actor(state, time_n, latent) / 2
+        latent = latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score)  # Eq. 185, Eq. 187
     return torch.tanh(latent)
 
 def trajectory_kl(actor: Actor, observation: Tensor, latents: Tensor, means: Tensor, old_h: Tensor) -> Tensor:
@@ -691,7 +690,7 @@ def train(agent: Agent, state: TrainState, wall_time: float) -> int:
 
 def main() -> None:
     """Parse, make the environments, then train, resume or evaluate."""
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it, JAX's default there
+    torch.backends.cuda.matmul.allow_tf32 = True  # TF32 on GPUs that have it, JAX's default there
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args, saved = parse()

@@ -73,7 +73,7 @@ def main() -> None:
                  total_timesteps=options.minibatch_size * options.num_minibatches, v_min=-15.0, v_max=15.0)
     rng, size = np.random.default_rng(0), sizes["total_timesteps"]
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = True
     shape = (size, trudi.Args.num_diffusion_steps, options.action_size)
     data = [rng.normal(size=s).astype(np.float32) for s in (
         (size, options.observation_size), (size, options.action_size), shape, shape, (size,))]
