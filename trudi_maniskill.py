@@ -165,7 +165,7 @@ def make_envs(args: Args, device: torch.device, num_envs: int, evaluation: bool)
     gpu, video = device.type == "cuda", evaluation and args.capture_video
     def make() -> Any:
         env = gym.make(args.env_id, num_envs=num_envs if gpu else 1, obs_mode="state", control_mode="pd_joint_delta_pos",
-                       reward_mode=args.reward_mode, sim_backend="physx_cuda" if gpu else "physx_cpu",
+                       reward_mode=args.reward_mode, sim_backend=f"physx_cuda:{device.index}" if gpu else "physx_cpu",
                        render_mode="rgb_array" if video else None, render_backend="gpu" if video else "none")
         if isinstance(env.unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
             env = wrappers.FlattenActionSpaceWrapper(env)

@@ -90,6 +90,38 @@ def test_a_success_and_a_time_out_both_bootstrap():
         assert once.tolist() == at_end.tolist() == [ends[0], False]
 
 
+class Several:
+    """The same interface around several of them in one scene, as on a GPU: one that ends gives all the final observations."""
+
+    def __init__(self, envs):
+        self.envs, self.num_envs = envs, len(envs)
+
+    def reset(self, seed):
+        return torch.cat([env.reset([one])[0] for env, one in zip(self.envs, seed, strict=True)]), {}
+
+    def step(self, action):
+        observation, reward, success, late, info = zip(*[env.step(x[None]) for env, x in zip(self.envs, action, strict=True)],
+                                                       strict=True)
+        finals = [x.get("final_info", x)["episode"] for x in info]
+        episode = {"episode": {name: torch.stack([x[name].reshape(()) for x in finals]) for name in finals[0]}}
+        if any("final_info" in x for x in info):
+            after = [x.get("final_observation", now) for x, now in zip(info, observation, strict=True)]
+            episode = {"final_info": episode, "final_observation": torch.cat(after)}
+        return *(torch.cat(x) for x in (observation, reward, success, late)), episode
+
+
+def test_one_scene_of_three_is_three_of_one():
+    kinds = [dict(limit=3), dict(limit=99), dict(limit=5, horizon=4)]
+    one, three = [Several([Fake(**kind) for kind in kinds])], [Fake(**kind) for kind in kinds]
+    assert trudi.env_reset(one, 1).tolist() == trudi.env_reset(three, 1).tolist()
+    assert [env.seed for env in one[0].envs] == [env.seed[0:1] for env in three]
+    for _ in range(12):
+        observations, outcomes = zip(*[trudi.env_step(envs, torch.zeros(3, 3)) for envs in (one, three)], strict=True)
+        assert torch.equal(*observations)
+        for a, b in zip(*([*x[:4], *x[4]] for x in outcomes), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_environments_are_seeded_apart():
     envs = [Fake() for _ in range(4)]
     trudi.env_reset(envs, 1, 0)
