@@ -127,8 +127,7 @@ def resolve(args: Args) -> Args:
         fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
     if args.device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
-    gpu = args.device != "cpu" and torch.cuda.is_available()
-    defaults = {**SUITE, **PRESET[args.preset], "gamma": GAMMA.get(args.env_id, SUITE["gamma"]), "compile": gpu}
+    defaults = {**SUITE, **PRESET[args.preset], "gamma": GAMMA.get(args.env_id, SUITE["gamma"])}
     defaults["reward_mode"] = "sparse" if args.env_id == "PlugCharger-v1" else "normalized_dense"  # which has no dense one
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     size = args.num_envs * args.num_steps
@@ -162,19 +161,20 @@ def make_envs(args: Args, device: torch.device, num_envs: int, evaluation: bool)
     names = ("gymnasium", "mani_skill", "mani_skill.utils.wrappers", "mani_skill.vector.wrappers.gymnasium")
     gym, mani_skill, wrappers, vector = map(importlib.import_module, names)
     mani_skill.logger.setLevel("ERROR")
-    gpu, video = device.type == "cuda", evaluation and args.capture_video
+    gpu, video = device.type == "cuda", evaluation and args.capture_video and RANK == 0
     def make() -> Any:
         env = gym.make(args.env_id, num_envs=num_envs if gpu else 1, obs_mode="state", control_mode="pd_joint_delta_pos",
                        reward_mode=args.reward_mode, sim_backend=f"physx_cuda:{device.index}" if gpu else "physx_cpu",
-                       render_mode="rgb_array" if video else None, render_backend="gpu" if video else "none")
+                       render_mode="rgb_array" if video else None,
+                       render_backend="none" if not video else f"gpu:{device.index}" if gpu else "cpu")
         if isinstance(env.unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
             env = wrappers.FlattenActionSpaceWrapper(env)
         return vector.ManiSkillVectorEnv(env, ignore_terminations=evaluation, record_metrics=True)
     try:
         importlib.import_module("mani_skill.envs")
         return [make() for _ in range(1 if gpu else num_envs)]
-    except (gym.error.Error, ImportError) as error:
-        fail(f"unknown --env-id {args.env_id}: {error}; the module in module:id must register the id")
+    except (gym.error.Error, ImportError, NotImplementedError) as error:  # the last of an unsupported reward
+        fail(f"--env-id {args.env_id} cannot be made: {error}; the module in module:id must register the id")
     except RuntimeError as error:
         fail(f"ManiSkill cannot make {args.env_id} ({error}); it needs Vulkan even if nothing is drawn: install NVIDIA's "
              "driver with its Vulkan part, or libvulkan1 and mesa-vulkan-drivers 25 or newer; vulkaninfo tells if it is found")
@@ -191,7 +191,7 @@ def env_step(envs: list[Any], action: Tensor) -> tuple[Tensor, tuple]:
     outcomes = []
     for env, part in zip(envs, action.split([env.num_envs for env in envs]), strict=True):
         observation, reward, success, late, info = env.step(part)
-        episode = {"success_at_end": success} | info.get("final_info", info)["episode"]
+        episode = dict.fromkeys(("success_once", "success_at_end"), success) | info.get("final_info", info)["episode"]
         numbers = [episode[name].expand(len(part)) for name in ("return", "episode_len", "success_once", "success_at_end")]
         outcomes.append((observation, reward.float(), success | late, info.get("final_observation", observation), *numbers))
     observation, reward, truncated, after, *numbers = (torch.cat(x) for x in zip(*outcomes, strict=True))
@@ -433,7 +433,8 @@ def init_learner(args: Args, device: torch.device, observation_size: int, action
     log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
     learned = ([p for p in actor.parameters() if p.requires_grad], critic.parameters(), [log_duals])
     rates = (args.actor_learning_rate, args.critic_learning_rate, args.dual_learning_rate)
-    optimizers = [torch.optim.Adam(parameters, rate, fused=True, capturable=device.type == "cuda")
+    graphs = device.type == "cuda" and WORLD == 1 and args.compile is not False
+    optimizers = [torch.optim.Adam(parameters, rate, fused=True, capturable=graphs)
                   for parameters, rate in zip(learned, rates, strict=True)]
     return Learner(actor, critic, log_duals, *optimizers)
 
@@ -560,6 +561,8 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
     try:
         for name in PARTS:
             getattr(state.learner, name).load_state_dict(saved[name])
+        for optimizer in state.learner[-3:]:  # for this device, which need not be that of the run so far
+            optimizer.param_groups[0]["capturable"] = optimizer.defaults["capturable"]
         state.learner.log_duals.data.copy_(saved["log_duals"])
         moments = state.statistics.moments.copy_(saved["moments"])
         return state._replace(statistics=Statistics(saved["count"], moments), iteration=saved["iteration"])
@@ -637,16 +640,18 @@ def prepare(args: Args, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
     state = TrainState(learner, statistics, 0, None, torch.zeros(args.num_envs // WORLD, dtype=torch.bool, device=device))
     state = fill_state(state, saved) if saved else state
     sample, update = functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)
-    if args.compile:
+    compiled = gpu if args.compile is None else args.compile
+    if compiled:
         sample, update = torch.compile(sample), torch.compile(update)
-    if args.compile and gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
+    if compiled and gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
         graph = importlib.import_module("tensordict.nn").CudaGraphModule
         sample, update = graph(sample, warmup=5), graph(update, warmup=5)
     if envs:
         # Clocks start spread over an episode, so that time-outs do not coincide.
         state = state._replace(observation=env_reset(envs, args.seed, state.iteration, 0))
+        rng = np.random.default_rng([args.seed, RANK, state.iteration])
         for env in envs:
-            env.base_env.elapsed_steps.copy_(torch.randint(time_limit, (env.num_envs,)))
+            env.base_env.elapsed_steps.copy_(torch.tensor(rng.integers(time_limit, size=env.num_envs)))
     return Agent(args, device, envs, eval_envs, time_limit, sample, update), state
 
 def train(agent: Agent, state: TrainState, wall_time: float) -> int:
@@ -670,7 +675,7 @@ def train(agent: Agent, state: TrainState, wall_time: float) -> int:
         del metrics["signal"]
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
         finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
-        if finite and (done == args.num_iterations or done % args.eval_interval == 0):
+        if finite and not code and (done == args.num_iterations or done % args.eval_interval == 0):
             metrics |= {name: float(x) for name, x in evaluate(agent, state, folder).items()}
             eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
             message = "step {:,}  SPS {:,.0f}  return {:.2f}  success {:.2f}  ETA {:.1f} min".format(
@@ -680,7 +685,8 @@ def train(agent: Agent, state: TrainState, wall_time: float) -> int:
         log(step, time.perf_counter() - started, metrics)
         bar.update()
         if not finite:
-            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
+            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged",
+                  file=sys.stderr if RANK == 0 else sys.stdout)
             code = 1
         if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
@@ -698,10 +704,15 @@ def main() -> None:
         torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, state = prepare(args, saved)
-    if not args.evaluate:
-        sys.exit(train(agent, state, float(saved.get("wall_time", 0.0))))
-    metrics = evaluate(agent, state, args.evaluate)
-    print(json.dumps({name: float(x) for name, x in metrics.items()}))
+    code = 0
+    if args.evaluate:
+        print(json.dumps({name: float(x) for name, x in evaluate(agent, state, args.evaluate).items()}))
+    else:
+        code = train(agent, state, float(saved.get("wall_time", 0.0)))
+    if WORLD > 1:
+        dist.barrier()  # a process that ends with a signal's exit code makes torchrun end the others, and one is still saving
+        dist.destroy_process_group()
+    sys.exit(code)
 
 if __name__ == "__main__":
     main()

@@ -194,6 +194,22 @@ def test_best_of_k_has_the_largest_q(k, monkeypatch):
     np.testing.assert_allclose((action[:, 0] < 0).float().mean(), 0.5**k, atol=4 * np.sqrt(0.25 / states) if k < 10 else 0.005)
 
 
+def test_compiled_updates_are_the_same():
+    """Traced as for a GPU, without generating code, which takes a minute."""
+    results = []
+    for compiled in (False, True):
+        agent, state = fake_agent(small_args(), [Fake(), Fake()])
+        torch.manual_seed(0)
+        torch.nn.init.normal_(state.learner.actor.output.weight)
+        update = torch.compile(agent.update, backend="aot_eager") if compiled else agent.update
+        rng = torch.Generator().manual_seed(0)
+        batch = trudi.Batch(*(torch.randn(shape, generator=rng) for shape in ((8, 2), (8, 3), (8, 2, 3), (8, 2, 3), (8,))))
+        old_h = state.learner.actor.step_sizes().detach()
+        metrics = [update(batch, old_h, torch.randn(3, 8, 3, generator=rng)) for _ in range(3)]
+        results.append(torch.cat([*metrics, *(p.detach().flatten() for p in state.learner.actor.parameters())]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------- real tasks
 def prepared(**changes):
     args = small_args(**changes)
@@ -448,6 +464,12 @@ def test_two_processes_need_sizes_that_divide(capsys, monkeypatch):
 def test_unknown_tasks():
     assert "PushCube-v1" in refused("--env-id", "PushCubes-v1")
     assert "no_such_module" in refused("--env-id", "no_such_module:Task-v1", *FLAGS)
+
+
+def test_rewards_that_a_task_lacks():
+    done = subprocess.run([sys.executable, *LAUNCH, *FLAGS, "--env-id", "PlugCharger-v1", "--reward-mode", "dense"],
+                          capture_output=True, text=True)
+    assert "reward mode" in refusal(done.returncode, done.stderr.splitlines()[-1])
 
 
 def test_missing_gpu():
