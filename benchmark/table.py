@@ -25,6 +25,7 @@ class Options:
     metric: str = "eval/episodic_return"  # what counts
     label_by: str = FOLDER  # "folder", or an argument's name in args.json, such as env_id
     until: float = np.inf  # leaves out what was logged after this step
+    decimals: int = 1  # of the metric
 
 def lowest_in_last_quarter(curve: Curve) -> float:
     """The lowest evaluation in the last quarter of a run."""
@@ -35,11 +36,11 @@ def first_step(curve: Curve, threshold: float) -> str:
     steps = curve.steps[curve.values >= threshold]
     return f"{steps[0]:,.0f}" if len(steps) else "never"
 
-def row(label: str, curves: list[Curve], threshold: float | None) -> list[str]:
+def row(label: str, curves: list[Curve], threshold: float | None, decimals: int) -> list[str]:
     """One group's row."""
     final = [curve.values[-1] for curve in curves]
     best, lowest = max(curve.values.max() for curve in curves), min(map(lowest_in_last_quarter, curves))
-    numbers = [", ".join(f"{x:.1f}" for x in final), *(f"{x:.1f}" for x in (np.mean(final), best, lowest))]
+    numbers = [", ".join(f"{x:.{decimals}f}" for x in final), *(f"{x:.{decimals}f}" for x in (np.mean(final), best, lowest))]
     reached = [] if threshold is None else [", ".join(first_step(curve, threshold) for curve in curves)]
     length = [f"{max(curve.seconds for curve in curves) / 60:.1f}", f"{max(curve.last_step for curve in curves):,}"]
     return [label, str(len(curves)), *numbers, *reached, *length]
@@ -49,4 +50,4 @@ if __name__ == "__main__":
     GROUPS = read_groups(OPTIONS.sources, OPTIONS.metric, OPTIONS.label_by, OPTIONS.until)
     REACHED = [] if OPTIONS.threshold is None else [f"first reaches {OPTIONS.threshold:g} (steps)"]
     HEADER = ["group", "seeds", "final", "mean", "best", "stays up", *REACHED, "minutes", "steps"]
-    print(markdown_table(HEADER, [row(label, curves, OPTIONS.threshold) for label, curves in GROUPS.items()]), end="")
+    print(markdown_table(HEADER, [row(label, curves, OPTIONS.threshold, OPTIONS.decimals) for label, curves in GROUPS.items()]), end="")
