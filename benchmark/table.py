@@ -50,4 +50,5 @@ if __name__ == "__main__":
     GROUPS = read_groups(OPTIONS.sources, OPTIONS.metric, OPTIONS.label_by, OPTIONS.until)
     REACHED = [] if OPTIONS.threshold is None else [f"first reaches {OPTIONS.threshold:g} (steps)"]
     HEADER = ["group", "seeds", "final", "mean", "best", "stays up", *REACHED, "minutes", "steps"]
-    print(markdown_table(HEADER, [row(label, curves, OPTIONS.threshold, OPTIONS.decimals) for label, curves in GROUPS.items()]), end="")
+    ROWS = [row(label, curves, OPTIONS.threshold, OPTIONS.decimals) for label, curves in GROUPS.items()]
+    print(markdown_table(HEADER, ROWS), end="")
