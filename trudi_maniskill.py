@@ -46,7 +46,7 @@ TASKS = tuple(f"{name}-v1" for name in (
     "PickCube StackCube PokeCube PullCube PushCube RollBall LiftPegUpright PlaceSphere PlugCharger PushT PullCubeTool "
     "TwoRobotPickCube TwoRobotStackCube").split())
 # Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15 (README.md). Instead, as REPPO's
-# code has it, 1 - 10 / time limit; most tasks' is 50 steps.
+# code has it, 1 - 10 / time limit, which is 50 steps for most tasks and taken to be so for those of other modules.
 SUITE = dict(gamma=0.8, v_min=-15.0, v_max=15.0)
 GAMMA = {"RollBall-v1": 0.875, "PlugCharger-v1": 0.95} | dict.fromkeys(
     ("PushT-v1", "PullCubeTool-v1", "TwoRobotPickCube-v1", "TwoRobotStackCube-v1"), 0.9)
@@ -481,7 +481,8 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tens
         batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
         batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
         # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
-        old_h, some = learner.actor.step_sizes(), Batch(*(x[::args.batch_size // args.minibatch_size] for x in batch))
+        rows = torch.randperm(len(batch.action), device=agent.device)[:args.minibatch_size // WORLD]
+        old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
         noise = torch.randn(args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
         fresh = sample_chain(learner.actor, some.observation, noise)
     metrics = learn(agent, learner, batch, old_h)

@@ -475,8 +475,10 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Arra
     batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
     learner, metrics = learn(agent, old, batch, old_h, learn_key)
     # The KL of the whole iteration on as many states as a minibatch has: on stored chains, and on fresh ones of the old policy.
-    some = jax.tree.map(lambda x: x[::args.batch_size // args.minibatch_size], batch)
-    noise = jax.random.normal(check_key, (args.num_diffusion_steps + 1, *some.action.shape))
+    row_key, noise_key = jax.random.split(check_key)
+    rows = jax.random.permutation(row_key, args.batch_size)[:args.minibatch_size]
+    some = jax.tree.map(lambda x: x[rows], batch)
+    noise = jax.random.normal(noise_key, (args.num_diffusion_steps + 1, *some.action.shape))
     fresh = sample_chain(old.actor, some.seen_by_actor, noise)
     kl = {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.seen_by_actor, x.latents, x.means, old_h).mean()
           for name, x in (("stored", some), ("fresh", fresh))}

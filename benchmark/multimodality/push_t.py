@@ -99,7 +99,7 @@ class PushTSymmetricEnv(PushTEnv):
     Reward "dense": r_rot + r_pos + r_tcp, and 3 on success (E10), when the block covers at least 90 % of the goal;
     "normalized_dense": a third of it. Observations have the goal's pose where stock PushT has its position, 35 numbers.
     Nothing is remembered about the goal but its body's pose, so a partial reset concerns the environments in env_idx alone.
-    A block that starts under the stick's tip is pushed aside, by about a centimetre, in the first steps."""
+    A block that starts under the stick's tip is pushed aside in the first steps."""
 
     def start(self, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Initial poses in the plane of `count` goals, then of as many blocks."""

@@ -10,7 +10,7 @@ from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs import Pose
 from torch import Tensor
 
-HORIZON = 100  # not stock StackCube's 50: a scripted arm needs 53 from the test's initial state
+HORIZON = 100  # twice stock StackCube's, as the test's cubes are 0.7 m apart
 RED_START, BLUE_START = (0.0, -0.35, 0.02), (0.0, 0.35, 0.02)  # of the test, in metres
 BLUE = (0.0, 0.0, 1.0, 1.0)
 OBSERVATION = dict(tcp=slice(18, 25), red=slice(25, 32), blue=slice(32, 39))  # after qpos and qvel: xyz and a quaternion each
