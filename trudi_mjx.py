@@ -8,15 +8,14 @@
     python trudi_mjx.py --env-id G1JoystickRoughTerrain            # the paper's settings, for a GPU
     python trudi_mjx.py --env-id CartpoleBalance --preset cpu      # a learning curve in minutes on two CPU cores
 
-Read it from top to bottom: it follows the data. `# Eq. 181` marks where an equation of the paper is computed; README.md has
-their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E environments, B states of a batch, N denoising
-steps, A action dimensions, K seeds. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
-"""
+`# Eq. 181` marks where an equation of the paper is computed; README.md has their table and the paper's errata, E1 to E18.
+Axes: T steps of a rollout, E environments, B states of a batch, N denoising steps, A action dimensions, K seeds. Latent
+actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order."""
 
 import dataclasses
 import difflib
 import functools
-import importlib
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -29,7 +28,6 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, Literal
 
 import jax
@@ -45,11 +43,10 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-DMC = tuple(
-    "AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup CartpoleSwingupSparse "
-    "CheetahRun FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup ReacherEasy "
-    "ReacherHard WalkerRun WalkerStand WalkerWalk".split())
-HUMANOID = ("G1JoystickFlatTerrain", "G1JoystickRoughTerrain", "T1JoystickFlatTerrain", "T1JoystickRoughTerrain")
+DMC = ("AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup CheetahRun "
+       "CartpoleSwingupSparse FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup "
+       "ReacherEasy ReacherHard WalkerRun WalkerStand WalkerWalk").split()
+HUMANOID = ["G1JoystickFlatTerrain", "G1JoystickRoughTerrain", "T1JoystickFlatTerrain", "T1JoystickRoughTerrain"]
 SUITE = {"dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0), "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0)}  # Table 5
 PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
     "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
@@ -64,12 +61,10 @@ TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
 INITIAL_DUAL, PRIOR_LOGITS = 0.01, 40.0  # alpha and lambda at the start; scale of the critic's bias, so that Q starts near 0
 Pose = namedtuple("Pose", "qpos qvel mocap_pos mocap_quat xfrc_applied")  # what a renderer needs
 SCRIPT = pathlib.Path(__file__).stem
-
 # ------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the task's suite."""
-
     env_id: str = "CartpoleBalance"  # task of MuJoCo Playground
     exp_name: str = "trudi_mjx"  # part of the run folder's name
     seed: int = 1  # seed of the first run; run k has seed + k
@@ -132,8 +127,8 @@ def resolve(args: Args) -> Args:
         devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
     except RuntimeError as error:
         fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
-    defaults = {**SUITE["dmc" if args.env_id in DMC else "humanoid"], **PRESET[args.preset]}
-    defaults["impl"] = "warp" if devices[0].platform == "gpu" else "jax"
+    simulator = {"impl": "warp" if devices[0].platform == "gpu" else "jax"}
+    defaults = SUITE["dmc" if args.env_id in DMC else "humanoid"] | PRESET[args.preset] | simulator
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     size = args.num_envs * args.num_steps
     args = dataclasses.replace(args, batch_size=size, num_iterations=args.total_timesteps // max(size, 1))
@@ -155,8 +150,7 @@ def resolve(args: Args) -> Args:
     for message in (message for holds, message in rules if not holds):
         fail(message)
     return args
-
-# ----------------------------------------------------------------------------------------------------- environment
+# --------------------------------------------------------------------------- environments and their observations
 # What stays constant while training; compiled programs close over it.
 Agent = namedtuple("Agent", "args env time_limit mesh")
 # E environments: Playground's states, those that ended episodes continue from, steps towards the time-out, steps and
@@ -215,9 +209,7 @@ def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tupl
     sim, counters = jax.tree.map(restart, env.reset_to, sim), (jnp.where(done, 0, x) for x in (clock, length, total))
     return EnvState(sim, env.reset_to, *counters), outcome
 
-# ------------------------------------------------------------------------------------------ observation statistics
 Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
-
 def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
     """Merge observations, leaves (T, E, .), into the moments: Welford's update for batches (Chan et al., 1979)."""
     n, m = statistics.count, np.prod(jax.tree.leaves(observations)[0].shape[:2])
@@ -229,11 +221,9 @@ def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
 def normalize(statistics: Statistics, observation: Any) -> Any:
     """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
     return jax.tree.map(lambda x, s: jnp.clip((x - s[0]) / jnp.sqrt(s[1] + 1e-2), -10, 10), observation, statistics.moments)
-
 # -------------------------------------------------------------------------------------------------------- networks
 class Actor(nnx.Module):
     """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
-
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
         self.num_steps, self.prior_std, self.learn_friction = args.num_diffusion_steps, args.prior_std, args.learn_friction
         linear, width = functools.partial(nnx.Linear, rngs=rngs), args.hidden_dim
@@ -244,14 +234,12 @@ class Actor(nnx.Module):
         # Zero, so that the untrained policy is the prior's own process whatever it observes.
         self.output = linear(width, action_size, kernel_init=nnx.initializers.zeros)
         self.raw_friction = nnx.Param(jnp.full(action_size, np.log(np.e - 1)))  # softplus makes it 1
-
     def step_sizes(self) -> Array:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
         n = jnp.arange(1, self.num_steps + 1)[:, None] / self.num_steps
         cosine = jnp.cos(jnp.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
         raw = self.raw_friction[...] if self.learn_friction else jax.lax.stop_gradient(self.raw_friction[...])
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / nnx.softplus(raw)
-
     def embed(self, observation: Array) -> tuple[Array, Array]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
         n, half = jnp.arange(1, self.num_steps + 1)[:, None], TIME_FEATURES // 2
@@ -260,7 +248,6 @@ class Actor(nnx.Module):
         time = self.time_mlp[1](nnx.gelu(self.time_mlp[0](time)))
         kernel = self.input.kernel[...]
         return observation @ kernel[:observation.shape[-1]] + self.input.bias[...], time @ kernel[-TIME_FEATURES:]
-
     def __call__(self, state: Array, time: Array, latent: Array) -> Array:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
         kernel = self.input.kernel[-TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
@@ -271,29 +258,21 @@ class Actor(nnx.Module):
 
 class Critic(nnx.Module):
     """Categorical distributions of the return, whose mean is Q(s, u)."""
-
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
         sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
         self.hidden = nnx.List([nnx.Linear(size, width, rngs=rngs) for size in sizes])
         self.norms = nnx.List([nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs) for _ in sizes])
         self.output = nnx.Linear(width, args.num_atoms, rngs=rngs)
         self.output.bias[...] = PRIOR_LOGITS * hl_gauss(args, jnp.zeros(()))
-
     def __call__(self, observation: Array, action: Array) -> Array:
         """Logits (B, atoms)."""
         x = jnp.concatenate([observation, action], -1)
         for hidden, norm in zip(self.hidden, self.norms, strict=True):
             x = nnx.silu(norm(hidden(x)))
         return self.output(x)
-
 # ------------------------------------------------------------------------------------------------- diffusion chain
 # Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
 Chain = namedtuple("Chain", "action entropy_bound latents means")
-
-def tanh_log_det(x: Array) -> Array:
-    """log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
-    return 2 * (jnp.log(2.0) - x - nnx.softplus(-2 * x))
-
 def sample_chain(actor: Actor, observation: Array, noise: Array, unroll: bool = False) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
     (state, time), h, variance = actor.embed(observation), actor.step_sizes(), actor.prior_std**2
@@ -308,7 +287,8 @@ def sample_chain(actor: Actor, observation: Array, noise: Array, unroll: bool = 
     noising = (latents - later * (1 - h / variance)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
     log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
     prior = -0.5 * noise[-1] ** 2 - jnp.log(actor.prior_std * jnp.sqrt(2 * jnp.pi))
-    bound = log_ratio - prior + tanh_log_det(last)  # Eq. 117, Eq. 180 (E1: its sign)
+    tanh_log_det = 2 * (jnp.log(2.0) - last - nnx.softplus(-2 * last))  # of 1 - tanh^2; finite where tanh rounds to 1
+    bound = log_ratio - prior + tanh_log_det  # Eq. 117, Eq. 180 (E1: its sign)
     return Chain(jnp.tanh(last), bound.sum(-1), jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
 
 def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: float) -> Array:
@@ -328,7 +308,6 @@ def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
-
 # ---------------------------------------------------------------------------------------------- critic and targets
 def hl_gauss(args: Args, returns: Array) -> Array:
     """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
@@ -352,13 +331,11 @@ def lambda_returns(args: Args, reward: Array, terminated: Array, truncated: Arra
         target = reward + args.gamma * jnp.where(terminated, 0.0, bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
         return target, target
     return jax.lax.scan(step, jnp.zeros_like(value[-1]), (reward, terminated, bootstrap, value, bonus), reverse=True)[1]
-
 # ------------------------------------------------------------------------------------------------ losses, learning
 # All that learns: actor, critic, logarithms of the duals, and Adam's moments for the three. To JAX, networks are pytrees.
 Learner = namedtuple("Learner", "actor critic duals actor_opt critic_opt dual_opt")
 # B states: normalised observations of both networks, and from the rollout actions, old chains and lambda-returns.
 Batch = namedtuple("Batch", "seen_by_actor seen_by_critic action latents means target")
-
 def optimizers(args: Args) -> list[optax.GradientTransformation]:
     """Adam for actor, critic and duals; the first two clip their gradients' global norms."""
     clipped = [optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate))
@@ -411,14 +388,12 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: Array, key: Array)
         batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[step[0]], sharding), data)
         return update_minibatch(agent, learner, batch, old_h, step[1])
     order_key, noise_key = jax.random.split(key)
-    order = [jax.random.permutation(k, args.batch_size) for k in jax.random.split(order_key, args.num_epochs)]
-    order = jnp.concatenate(order).reshape(-1, args.minibatch_size)
+    shuffle = jax.vmap(lambda key: jax.random.permutation(key, args.batch_size))
+    order = shuffle(jax.random.split(order_key, args.num_epochs)).reshape(-1, args.minibatch_size)
     learner, metrics = jax.lax.scan(minibatch, learner, (order, jax.random.split(noise_key, len(order))))
     return learner, jax.tree.map(lambda x: x[-len(order) // args.num_epochs:].mean(), metrics)
-
-# ------------------------------------------------------------------------------------------------------- iteration
+# ---------------------------------------------------------------------------------------- iteration and evaluation
 TrainState = namedtuple("TrainState", "learner statistics env key iteration")  # everything that a checkpoint holds
-
 def init_state(agent: Agent, key: Array) -> TrainState:
     """Networks, duals, Adam, statistics and environments of one run, from its seed's key."""
     actor_key, critic_key, env_key, key = jax.random.split(key, 4)
@@ -431,11 +406,10 @@ def init_state(agent: Agent, key: Array) -> TrainState:
     statistics = Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.size)), one))
     return TrainState(Learner(actor, critic, duals, *moments), statistics, env, key, jnp.zeros((), int))
 
-def sample_policy(agent: Agent, actor: Actor, statistics: Statistics, observation: Any, key: Array) -> tuple[Chain, Any]:
-    """Chains of the actor at raw observations, and the normalised views of both networks."""
-    seen = views(normalize(statistics, observation))
-    shape = (agent.args.num_diffusion_steps + 1, len(seen[0]), agent.env.action_size)
-    return sample_chain(actor, seen[0], jax.random.normal(key, shape)), seen
+def sample_policy(agent: Agent, actor: Actor, observation: Array, key: Array) -> Chain:
+    """Chains of the actor at normalised observations (B, .)."""
+    shape = (agent.args.num_diffusion_steps + 1, len(observation), agent.env.action_size)
+    return sample_chain(actor, observation, jax.random.normal(key, shape))
 
 def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, key: Array) -> tuple[EnvState, Transition]:
     """Act for T steps with samples of the policy, keeping their chains. Episodes start from a queue of states, into which as
@@ -446,62 +420,65 @@ def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, k
     queue = jax.tree.map(lambda old, x: jnp.concatenate([old[count:], x]) if old.shape[:1] == (num_envs,) else old,
                          env.reset_to, new)
     def step(env: EnvState, key: Array) -> tuple[EnvState, Transition]:
-        chain, _ = sample_policy(agent, actor, statistics, env.sim.obs, key)
+        chain = sample_policy(agent, actor, views(normalize(statistics, env.sim.obs))[0], key)
         action = jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT)
         after, outcome = env_step(agent, env, action)
         return after, Transition(env.sim.obs, action, chain.latents, chain.means, *outcome)
     return jax.lax.scan(step, env._replace(reset_to=queue), jax.random.split(key, agent.args.num_steps))
 
-def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition, key: Array) -> Array:
-    """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
+def critic_targets(agent: Agent, learner: Learner, data: Transition, next_seen: tuple[Array, Array], key: Array) -> Array:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation, normalised for both networks."""
     def next_value(step: tuple) -> tuple[Array, Array]:
-        chain, seen = sample_policy(agent, learner.actor, statistics, *step)
+        (seen_by_actor, seen_by_critic), key = step
+        chain = sample_policy(agent, learner.actor, seen_by_actor, key)
         bonus = jnp.exp(learner.duals["log_alpha"]) * chain.entropy_bound
-        return q_value(agent.args, learner.critic(seen[1], chain.action)), bonus
-    value, bonus = jax.lax.map(next_value, (data.next_observation, jax.random.split(key, agent.args.num_steps)))
+        return q_value(agent.args, learner.critic(seen_by_critic, chain.action)), bonus
+    value, bonus = jax.lax.map(next_value, (next_seen, jax.random.split(key, agent.args.num_steps)))
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, value, bonus)
 
-def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
-    """One iteration: rollout, targets, epochs of updates, observation statistics."""
-    args, old, old_h = agent.args, state.learner, state.learner.actor.step_sizes()
-    rollout_key, target_key, learn_key, check_key, key = jax.random.split(state.key, 5)
-    env, data = rollout(agent, old.actor, state.statistics, state.env, rollout_key)
-    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics that
-    # it is learned from with. Later ones take effect in the next rollout: stored means belong to the present ones (E13).
-    merged = update_statistics(state.statistics, data.observation)
-    statistics = jax.tree.map(lambda new, now: jnp.where(state.iteration == 0, new, now), merged, state.statistics)
-    target = critic_targets(agent, old, statistics, data, target_key)
-    batch = Batch(*views(normalize(statistics, data.observation)), data.action, data.latents, data.means, target)
+def improve(agent: Agent, old: Learner, data: Transition, seen: tuple, next_seen: tuple, keys: Array) -> tuple[Learner, dict]:
+    """Learn from a rollout, whose observations and true next ones are given as both networks see them, normalised."""
+    args, old_h, (target_key, learn_key, check_key) = agent.args, old.actor.step_sizes(), keys
+    target = critic_targets(agent, old, data, next_seen, target_key)
+    batch = Batch(*seen, data.action, data.latents, data.means, target)
     batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
     learner, metrics = learn(agent, old, batch, old_h, learn_key)
     # The KL of the whole iteration on as many states as a minibatch has: on stored chains, and on fresh ones of the old policy.
     row_key, noise_key = jax.random.split(check_key)
-    rows = jax.random.permutation(row_key, args.batch_size)[:args.minibatch_size]
-    some = jax.tree.map(lambda x: x[rows], batch)
+    some = jax.tree.map(lambda x: x[jax.random.permutation(row_key, args.batch_size)[:args.minibatch_size]], batch)
     noise = jax.random.normal(noise_key, (args.num_diffusion_steps + 1, *some.action.shape))
-    fresh = sample_chain(old.actor, some.seen_by_actor, noise)
-    kl = {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.seen_by_actor, x.latents, x.means, old_h).mean()
-          for name, x in (("stored", some), ("fresh", fresh))}
+    for name, chain in (("stored", some), ("fresh", sample_chain(old.actor, some.seen_by_actor, noise))):
+        kl = trajectory_kl(learner.actor, some.seen_by_actor, chain.latents, chain.means, old_h)
+        metrics[f"trust_region/{name}_kl"] = kl.mean()
+    alpha, lambda_ = jnp.exp(learner.duals["log_alpha"]), jnp.exp(learner.duals["log_lambda"])
+    return learner, metrics | {"entropy/alpha": alpha, "trust_region/lambda": lambda_, "critic/target": target.mean(),
+                               "entropy/friction": nnx.softplus(learner.actor.raw_friction[...]).mean(),
+                               "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).mean()}
+
+def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    """One iteration: rollout, targets, epochs of updates, observation statistics."""
+    rollout_key, *keys, key = jax.random.split(state.key, 5)
+    env, data = rollout(agent, state.learner.actor, state.statistics, state.env, rollout_key)
+    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics that
+    # it is learned from with. Later ones take effect in the next rollout: stored means belong to the present ones (E13).
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = jax.tree.map(lambda new, now: jnp.where(state.iteration == 0, new, now), merged, state.statistics)
+    seen, next_seen = (views(normalize(statistics, x)) for x in (data.observation, data.next_observation))
+    learner, metrics = improve(agent, state.learner, data, seen, next_seen, keys)
     ended, total, length = data.episode
-    metrics |= kl | {
-        "trust_region/lambda": jnp.exp(learner.duals["log_lambda"]), "entropy/alpha": jnp.exp(learner.duals["log_alpha"]),
-        "entropy/friction": nnx.softplus(learner.actor.raw_friction[...]).mean(),
-        "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).mean(), "critic/target": target.mean(),
-        "charts/simulator_nans": jnp.isnan(views(data.next_observation)[0]).any(-1).sum(), "charts/episodes": ended.sum(),
-        "charts/episodic_return": jnp.sum(total * ended) / jnp.maximum(ended.sum(), 1),
-        "charts/episodic_length": jnp.sum(length * ended) / jnp.maximum(ended.sum(), 1)}
+    metrics |= {"charts/simulator_nans": jnp.isnan(next_seen[0]).any(-1).sum(), "charts/episodes": ended.sum(),
+                "charts/episodic_return": jnp.sum(total * ended) / jnp.maximum(ended.sum(), 1),
+                "charts/episodic_length": jnp.sum(length * ended) / jnp.maximum(ended.sum(), 1)}
     return TrainState(learner, merged, env, key, state.iteration + 1), metrics
 
-# ------------------------------------------------------------------------------------------------------ evaluation
-def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Any, key: Array) -> Array:
-    """Actions (B, A) at raw observations, as --eval-mode says."""
-    args, seen = agent.args, views(normalize(statistics, observation))
-    if args.eval_mode == "ode":
+def evaluation_action(agent: Agent, learner: Learner, seen: tuple[Array, Array], key: Array) -> Array:
+    """Actions (B, A) as --eval-mode says, at normalised observations as actor and critic see them."""
+    if agent.args.eval_mode == "ode":
         noise = jax.random.normal(key, (len(seen[0]), agent.env.action_size))
-        return ode_action(learner.actor, seen[0], noise, args.ode_score_scale)
-    keys = jax.random.split(key, args.best_of_k if args.eval_mode == "best-of-k" else 1)
-    actions = jax.vmap(lambda k: sample_policy(agent, learner.actor, statistics, observation, k)[0].action)(keys)
-    q = jax.vmap(lambda action: q_value(args, learner.critic(seen[1], action)))(actions)
+        return ode_action(learner.actor, seen[0], noise, agent.args.ode_score_scale)
+    keys = jax.random.split(key, agent.args.best_of_k if agent.args.eval_mode == "best-of-k" else 1)
+    actions = jax.vmap(lambda key: sample_policy(agent, learner.actor, seen[0], key).action)(keys)
+    q = jax.vmap(lambda action: q_value(agent.args, learner.critic(seen[1], action)))(actions)
     return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
 
 def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
@@ -510,7 +487,7 @@ def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
     reset_key, key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training never folds in so large a number
     def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
         sim, alive, total, length = carry
-        action = evaluation_action(agent, state.learner, state.statistics, sim.obs, key)
+        action = evaluation_action(agent, state.learner, views(normalize(state.statistics, sim.obs)), key)
         sim = over_envs(agent, agent.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
         pose = Pose(*(getattr(sim.data, name)[0] for name in Pose._fields)) if agent.args.capture_video else None
         return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
@@ -519,7 +496,6 @@ def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
     (_, _, total, length), frames = jax.lax.scan(step, (sim, zeros == 0, zeros, zeros), jax.random.split(key, agent.time_limit))
     return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
             "eval/episodic_length": length.mean()}, frames
-
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
     """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
@@ -568,35 +544,32 @@ def provenance() -> dict[str, Any]:
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
     device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {os.cpu_count()} cores"
     return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
-            "versions": {d.name: d.version for d in metadata.distributions()}}
+            "versions": {d.name: d.version for d in importlib.metadata.distributions()}}
 
-def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
-    """Write args.json and open every seed's metrics.jsonl and TensorBoard, to go on after this step; returns their logger."""
-    if jax.process_index() > 0:
-        return lambda *_: None
+def open_run(folder: pathlib.Path, args: Args) -> None:
+    """Make the run's folder with args.json in it; start Weights & Biases, which copies what TensorBoard gets."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
     if args.track:
         importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
                                               name=folder.name, dir=str(folder), sync_tensorboard=True)
-    folders = [folder / f"seed_{args.seed + k}" for k in range(args.num_seeds)] if args.num_seeds > 1 else [folder]
-    writers = {path / "metrics.jsonl": tensorboardX.SummaryWriter(str(path), purge_step=step + 1) for path in folders}
-    for path in filter(pathlib.Path.exists, writers):
-        # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+
+def open_log(folder: pathlib.Path, step: int) -> Callable:
+    """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
+    path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+    if path.exists():  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
         lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
         path.with_suffix(".tmp").write_text("".join(lines))
         path.with_suffix(".tmp").replace(path)
-    def log(step: int, wall_time: float, metrics: dict[str, np.ndarray]) -> None:
-        for k, (path, writer) in enumerate(writers.items()):
-            ended = metrics["charts/episodes"][k] > 0  # else the rollout has no mean return
-            values = {name: float(x[k]) for name, x in metrics.items() if ended or not name.startswith("charts/episodic")}
-            with path.open("a") as file:
-                file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        ended = metrics["charts/episodes"] > 0  # else the rollout has no mean return
+        values = {name: x for name, x in metrics.items() if ended or not name.startswith("charts/episodic")}
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
     return log
-
 # -------------------------------------------------------------------------------------------------------- training
 def parse() -> tuple[Args, dict[str, Any]]:
     """Resolved arguments and, with --resume or --evaluate, the content of a checkpoint."""
@@ -652,7 +625,10 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     done, now = int(jax.device_get(state.iteration)[0]), int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{now}")
-    log = open_run(folder, args, done * args.batch_size)
+    folders = [folder / f"seed_{args.seed + k}" for k in range(args.num_seeds)] if args.num_seeds > 1 else [folder]
+    if first := jax.process_index() == 0:
+        open_run(folder, args)
+    logs = [open_log(path, done * args.batch_size) for path in folders if first]
     bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
     started, code = time.perf_counter() - wall_time, 0
     while done < args.num_iterations and not code:
@@ -668,7 +644,8 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
             eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
             bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
             sys.stdout.flush()
-        log(step, time.perf_counter() - started, metrics)
+        for k, log in enumerate(logs):
+            log(step, time.perf_counter() - started, {name: float(x[k]) for name, x in metrics.items()})
         bar.update()
         code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max())
         if not finite:

@@ -83,8 +83,8 @@ def one_iteration(agent: trudi.Agent, state: trudi.TrainState) -> tuple[trudi.Le
     rollout_key, target_key, learn_key, _, _ = jax.random.split(state.key, 5)
     old, statistics = state.learner, state.statistics
     _, data = trudi.rollout(agent, old.actor, statistics, state.env, rollout_key)
-    target = trudi.critic_targets(agent, old, statistics, data, target_key)
-    seen = trudi.views(trudi.normalize(statistics, data.observation))
+    seen, next_seen = (trudi.views(trudi.normalize(statistics, x)) for x in (data.observation, data.next_observation))
+    target = trudi.critic_targets(agent, old, data, next_seen, target_key)
     batch = trudi.Batch(*seen, data.action, data.latents, data.means, target)
     batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
     return trudi.learn(agent, old, batch, old.actor.step_sizes(), learn_key)[0], batch

@@ -92,9 +92,9 @@ def act(agent: trudi.Agent, state: trudi.TrainState) -> trudi.Transition:
     return trudi.rollout(agent, state.learner.actor, state.statistics, state.env, state.key)[1]
 
 def prepare(agent: trudi.Agent, state: trudi.TrainState, data: trudi.Transition) -> trudi.Batch:
-    """What the update learns from: the critic's targets beside normalised observations, as in `trudi_mjx.iterate`."""
-    target = trudi.critic_targets(agent, state.learner, state.statistics, data, state.key)
-    seen = trudi.views(trudi.normalize(state.statistics, data.observation))
+    """What the update learns from: the critic's targets beside normalised observations, as in `trudi_mjx.improve`."""
+    seen, next_seen = (trudi.views(trudi.normalize(state.statistics, x)) for x in (data.observation, data.next_observation))
+    target = trudi.critic_targets(agent, state.learner, data, next_seen, state.key)
     batch = trudi.Batch(*seen, data.action, data.latents, data.means, target)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
 

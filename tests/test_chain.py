@@ -191,8 +191,14 @@ def test_ode_at_score_scale_one_is_the_sde_without_its_noise():
 
 
 def test_tanh_log_det_is_finite_and_right():
-    x = np.array([[-20.0], [-3.0], [-1e-3], [0.0], [0.7], [20.0], [400.0]], np.float32)
-    exact = -2 * np.logaddexp(x, -x) + 2 * np.log(2)  # log(1 / cosh^2 x)
-    np.testing.assert_allclose(trudi.tanh_log_det(jnp.asarray(x)), exact, rtol=1e-5, atol=1e-6)
-    slope = jax.grad(lambda x: trudi.tanh_log_det(x).sum())(jnp.asarray(x))
-    np.testing.assert_allclose(slope, -2 * np.tanh(x), rtol=1e-5, atol=1e-6)
+    """One step that changes nothing, so that a^0 = a^1 = x and the rest of the bound is known."""
+    x, h = np.array([[-20.0], [-3.0], [-1e-3], [0.0], [0.7], [20.0], [400.0]]), 0.3
+    actor = Drift(lambda state, n, a: a / SIGMA**2, np.array([[h]]))
+    def bound(x):
+        noise = jnp.stack([jnp.zeros_like(x), x / SIGMA])
+        return trudi.sample_chain(actor, jnp.zeros((len(x), 1)), noise).entropy_bound
+    log_det = -2 * np.logaddexp(x, -x) + 2 * np.log(2)  # log(1 / cosh^2 x)
+    rest = (x / SIGMA) ** 2 / 2 + np.log(SIGMA * np.sqrt(2 * np.pi)) - h * x**2 / (4 * SIGMA**4)
+    np.testing.assert_allclose(bound(jnp.asarray(x)), (log_det + rest)[:, 0], rtol=1e-5, atol=1e-6)
+    slope = jax.grad(lambda x: bound(x).sum())(jnp.asarray(x))
+    np.testing.assert_allclose(slope, -2 * np.tanh(x) + x / SIGMA**2 - h * x / (2 * SIGMA**4), rtol=1e-5, atol=1e-6)

@@ -24,10 +24,9 @@ def critic(observation, action):
 def actions(**changes):
     """Of the untrained policy, which is symmetric, in as many states."""
     args = small_args(num_atoms=2, v_min=-1.0, v_max=1.0, **changes)
-    statistics = trudi.Statistics(jnp.ones(()), jnp.array([[0.0], [1.0]]))
     learner = trudi.Learner(trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0)), critic, *[None] * 4)
     agent = agent_for(Counter(), args, 3)
-    return np.asarray(jax.jit(lambda key: trudi.evaluation_action(agent, learner, statistics, jnp.zeros((STATES, 1)), key))(
+    return np.asarray(jax.jit(lambda key: trudi.evaluation_action(agent, learner, (jnp.zeros((STATES, 1)),) * 2, key))(
         jax.random.PRNGKey(1)))
 
 
