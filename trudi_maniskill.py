@@ -1,24 +1,21 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["imageio-ffmpeg>=0.5", "mani-skill==3.0.1", "mediapy>=1.2", "tensorboard>=2.18", "tensorboardx>=2.6.2",
-#                 "tensordict>=0.10", "torch==2.13.0", "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
+# dependencies = ["mani-skill==3.0.1", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tensordict>=0.10", "torch==2.13.0",
+#                 "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
 # ///
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on ManiSkill3, in one file.
 
     python trudi_maniskill.py --env-id PickCube-v1                # the paper's settings, for a GPU
     python trudi_maniskill.py --env-id PushCube-v1 --preset cpu   # a learning curve on two CPU cores
-    torchrun --nproc-per-node 4 trudi_maniskill.py --env-id PickCube-v1   # the same on four GPUs
+    torchrun --nproc-per-node 4 trudi_maniskill.py --env-id PickCube-v1   # four GPUs share environments and minibatches
 
-Read it from top to bottom, beside trudi_mjx.py if you like: the order and the names are the same. `# Eq. 181` marks where an
-equation of the paper is computed; README.md has their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E
-environments, B states of a batch, N denoising steps, A action dimensions. Latent actions go from a^N, noise, to a^0; an axis of
-N holds n = 1 ... N in order. With torchrun every process has its share of the environments and of each minibatch.
-"""
+Read it from top to bottom, or beside trudi_mjx.py: order and names are the same. `# Eq. 181` marks where an equation of the
+paper is computed; README.md has their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E environments, B
+states of a batch, N denoising steps (n = 1 ... N in order, latent actions from a^N, noise, to a^0), A action dimensions."""
 
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -30,7 +27,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from importlib import metadata
+from importlib import import_module, metadata, util
 from typing import Any, Literal
 
 import numpy as np
@@ -47,9 +44,9 @@ TASKS = tuple(f"{name}-v1" for name in (
     "TwoRobotPickCube TwoRobotStackCube").split())
 # Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15 (README.md). Instead, as REPPO's
 # code has it, 1 - 10 / time limit, which is 50 steps for most tasks and taken to be so for those of other modules.
-SUITE = dict(gamma=0.8, v_min=-15.0, v_max=15.0)
-GAMMA = {"RollBall-v1": 0.875, "PlugCharger-v1": 0.95} | dict.fromkeys(
-    ("PushT-v1", "PullCubeTool-v1", "TwoRobotPickCube-v1", "TwoRobotStackCube-v1"), 0.9)
+SUITE = dict(gamma=0.8, v_min=-15.0, v_max=15.0, reward_mode="normalized_dense")  # of which PlugCharger has none
+SPECIAL = {"RollBall-v1": dict(gamma=0.875), "PlugCharger-v1": dict(gamma=0.95, reward_mode="sparse")} | dict.fromkeys(
+    ("PushT-v1", "PullCubeTool-v1", "TwoRobotPickCube-v1", "TwoRobotStackCube-v1"), dict(gamma=0.9))
 PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
     "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
                   actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
@@ -63,12 +60,10 @@ TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
 INITIAL_DUAL, PRIOR_LOGITS = 0.01, 40.0  # alpha and lambda at the start; scale of the critic's bias, so that Q starts near 0
 SCRIPT = pathlib.Path(__file__).stem
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's: this process, all of them
-
 # ------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the suite."""
-
     env_id: str = "PushCube-v1"  # task of ManiSkill3, or module:id of one that the module registers
     exp_name: str = "trudi_maniskill"  # part of the run folder's name
     seed: int = 1  # of everything: networks, noise, environments
@@ -123,18 +118,15 @@ def resolve(args: Args) -> Args:
     if args.env_id not in TASKS and ":" not in args.env_id:
         near = difflib.get_close_matches(args.env_id, TASKS, 3, 0.4) or TASKS[:3]
         fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
-    if ":" in args.env_id and not importlib.util.find_spec(args.env_id.split(":")[0].split(".")[0]):
+    if ":" in args.env_id and not util.find_spec(args.env_id.split(":")[0].split(".")[0]):
         fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
     if args.device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
-    defaults = {**SUITE, **PRESET[args.preset], "gamma": GAMMA.get(args.env_id, SUITE["gamma"])}
-    defaults["reward_mode"] = "sparse" if args.env_id == "PlugCharger-v1" else "normalized_dense"  # which has no dense one
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    size = args.num_envs * args.num_steps
-    args = dataclasses.replace(args, batch_size=size, num_iterations=args.total_timesteps // max(size, 1))
+    values = SUITE | PRESET[args.preset] | SPECIAL.get(args.env_id, {}) | {k: v for k, v in vars(args).items() if v is not None}
+    size = values["num_envs"] * values["num_steps"]
+    args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
-    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items()
-               if isinstance(v, int | float) and not isinstance(v, bool) and k not in may_be_zero}
+    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
     split = ("--num-envs", "--minibatch-size", "--num-eval-envs")
     rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
@@ -147,7 +139,6 @@ def resolve(args: Args) -> Args:
     for message in (message for holds, message in rules if not holds):
         fail(message)
     return args
-
 # ----------------------------------------------------------------------------------------------------- environment
 # What stays while training: environments are lists of ManiSkillVectorEnv, one on a GPU and E of size 1 on a CPU, where PhysX
 # holds one environment a scene; `sample` and `update` are sample_policy and update_minibatch, compiled if asked to.
@@ -158,32 +149,28 @@ Transition = namedtuple("Transition", "observation action latents means reward t
 
 def make_envs(args: Args, device: torch.device, num_envs: int, evaluation: bool) -> list[Any]:
     """This process's environments; those for evaluation go on after a success. Exits with code 2 if they can't be made."""
-    names = ("gymnasium", "mani_skill", "mani_skill.utils.wrappers", "mani_skill.vector.wrappers.gymnasium")
-    gym, mani_skill, wrappers, vector = map(importlib.import_module, names)
-    mani_skill.logger.setLevel("ERROR")
+    gym, wrap, vector = map(import_module, ("gymnasium", "mani_skill.utils.wrappers", "mani_skill.vector.wrappers.gymnasium"))
+    import_module("mani_skill").logger.setLevel("ERROR")
     gpu, video = device.type == "cuda", evaluation and args.capture_video and RANK == 0
-    def make() -> Any:
-        env = gym.make(args.env_id, num_envs=num_envs if gpu else 1, obs_mode="state", control_mode="pd_joint_delta_pos",
-                       reward_mode=args.reward_mode, sim_backend=f"physx_cuda:{device.index}" if gpu else "physx_cpu",
-                       render_mode="rgb_array" if video else None,
-                       render_backend="none" if not video else f"gpu:{device.index}" if gpu else "cpu")
-        if isinstance(env.unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
-            env = wrappers.FlattenActionSpaceWrapper(env)
-        return vector.ManiSkillVectorEnv(env, ignore_terminations=evaluation, record_metrics=True)
+    options = dict(num_envs=num_envs if gpu else 1, obs_mode="state", control_mode="pd_joint_delta_pos",
+                   reward_mode=args.reward_mode, sim_backend=str(device), render_mode="rgb_array" if video else None,
+                   render_backend=str(device) if video else "none")
     try:
-        importlib.import_module("mani_skill.envs")
-        return [make() for _ in range(1 if gpu else num_envs)]
+        import_module("mani_skill.envs")
+        envs = [gym.make(args.env_id, **options) for _ in range(1 if gpu else num_envs)]
     except (gym.error.Error, ImportError, NotImplementedError) as error:  # the last of an unsupported reward
         fail(f"--env-id {args.env_id} cannot be made: {error}; the module in module:id must register the id")
     except RuntimeError as error:
         fail(f"ManiSkill cannot make {args.env_id} ({error}); it needs Vulkan even if nothing is drawn: install NVIDIA's "
              "driver with its Vulkan part, or libvulkan1 and mesa-vulkan-drivers 25 or newer; vulkaninfo tells if it is found")
+    if isinstance(envs[0].unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
+        envs = [wrap.FlattenActionSpaceWrapper(env) for env in envs]
+    return [vector.ManiSkillVectorEnv(env, ignore_terminations=evaluation, record_metrics=True) for env in envs]
 
 def env_reset(envs: list[Any], *seeds: int) -> Tensor:
     """Reset all environments, from numbers of which every process and each of its environments makes seeds of its own."""
-    seeds = np.random.SeedSequence([*seeds, RANK]).generate_state(sum(env.num_envs for env in envs)).tolist()
-    parts = itertools.accumulate((env.num_envs for env in envs), initial=0)
-    return torch.cat([env.reset(seed=seeds[i:i + env.num_envs])[0] for i, env in zip(parts, envs, strict=False)])
+    seeds = iter(np.random.SeedSequence([*seeds, RANK]).generate_state(sum(env.num_envs for env in envs)).tolist())
+    return torch.cat([env.reset(seed=list(itertools.islice(seeds, env.num_envs)))[0] for env in envs])
 
 def env_step(envs: list[Any], action: Tensor) -> tuple[Tensor, tuple]:
     """Step, end and restart episodes; returns the observations to act on next and Transition's fields from reward on. A success
@@ -205,9 +192,7 @@ def everywhere(x: Tensor) -> Tensor:
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
-# ------------------------------------------------------------------------------------------ observation statistics
 Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
-
 def update_statistics(statistics: Statistics, observations: Tensor) -> Statistics:
     """Merge observations (T, E, .) of all processes into the moments: Welford's update for batches (Chan et al., 1979)."""
     x = everywhere(observations.flatten(0, 1))
@@ -219,15 +204,12 @@ def update_statistics(statistics: Statistics, observations: Tensor) -> Statistic
 def normalize(statistics: Statistics, observation: Tensor) -> Tensor:
     """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
     return ((observation - statistics.moments[0]) / torch.sqrt(statistics.moments[1] + 1e-2)).clamp(-10, 10)
-
 # -------------------------------------------------------------------------------------------------------- networks
 class Actor(nn.Module):
     """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
-
     def __init__(self, args: Args, observation_size: int, action_size: int):
         super().__init__()
-        self.num_steps, self.prior_std, self.action_size = args.num_diffusion_steps, args.prior_std, action_size
-        width = args.hidden_dim
+        self.num_steps, self.prior_std, width = args.num_diffusion_steps, args.prior_std, args.hidden_dim
         self.time_mlp = nn.ModuleList([linear(TIME_FEATURES, TIME_FEATURES) for _ in range(2)])
         self.input = linear(observation_size + action_size + TIME_FEATURES, width)
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in range(3)])
@@ -236,35 +218,29 @@ class Actor(nn.Module):
         nn.init.zeros_(self.output.weight)  # so that the untrained policy is the prior's own process whatever it observes
         friction = torch.full((action_size,), math.log(math.e - 1))  # softplus makes it 1
         self.raw_friction = nn.Parameter(friction, requires_grad=args.learn_friction)
-
     def step_sizes(self) -> Tensor:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
         n = torch.arange(1, self.num_steps + 1, device=self.raw_friction.device)[:, None] / self.num_steps
         cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / F.softplus(self.raw_friction)
-
     def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
-        half, device = TIME_FEATURES // 2, observation.device
-        n = torch.arange(1, self.num_steps + 1, device=device)[:, None]
-        angle = n * 10000.0 ** (-torch.arange(half, device=device) / half)
+        n, half = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None], TIME_FEATURES // 2
+        angle = n * 10000.0 ** (-torch.arange(half, device=n.device) / half)
         time = torch.cat([torch.sin(angle), torch.cos(angle)], -1)
-        time = self.time_mlp[1](gelu(self.time_mlp[0](time)))
-        weight = self.input.weight
-        state = F.linear(observation, weight[:, :observation.shape[-1]], self.input.bias)
-        return state, F.linear(time, weight[:, -TIME_FEATURES:])
-
+        time = self.time_mlp[1](F.gelu(self.time_mlp[0](time), approximate="tanh"))  # JAX's form of it
+        weight, bias = self.input.weight, self.input.bias
+        return F.linear(observation, weight[:, :observation.shape[-1]], bias), F.linear(time, weight[:, -TIME_FEATURES:])
     def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
-        weight = self.input.weight[:, -TIME_FEATURES - self.action_size:-TIME_FEATURES]
+        weight = self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
         x = state + time + F.linear(latent, weight)
         for norm, hidden in zip(self.norms, self.hidden, strict=True):
-            x = x + gelu(hidden(norm(x)))
+            x = x + F.gelu(hidden(norm(x)), approximate="tanh")
         return self.output(x)
 
 class Critic(nn.Module):
     """Categorical distributions of the return, whose mean is Q(s, u)."""
-
     def __init__(self, args: Args, observation_size: int, action_size: int):
         super().__init__()
         sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
@@ -272,7 +248,6 @@ class Critic(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in sizes])
         self.output = linear(width, args.num_atoms)
         self.output.bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
-
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Logits (B, atoms)."""
         x = torch.cat([observation, action], -1)
@@ -287,22 +262,12 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(layer.bias)
     return layer
-
-def gelu(x: Tensor) -> Tensor:
-    """JAX's form of it."""
-    return F.gelu(x, approximate="tanh")
-
 # ------------------------------------------------------------------------------------------------- diffusion chain
 # Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
 Chain = namedtuple("Chain", "action entropy_bound latents means")
-
-def tanh_log_det(x: Tensor) -> Tensor:
-    """log(1 - tanh(x)^2), finite where tanh(x) rounds to 1."""
-    return 2 * (math.log(2.0) - x - F.softplus(-2 * x))
-
 def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
-    (state, time), h, variance = actor.embed(observation), actor.step_sizes(), actor.prior_std**2
+    (state, time), h, variance = actor.embed(observation), actor.step_sizes()[:, None], actor.prior_std**2
     latents, means = [actor.prior_std * noise[-1]], []
     for h_n, std, time_n, xi in reversed(list(zip(h, torch.sqrt(2 * h), time, noise[:-1], strict=True))):
         latent = latents[-1]
@@ -310,11 +275,12 @@ def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
         latents.append(means[-1] + std * xi)  # Eq. 31
     means, latents = torch.stack(means[::-1]), torch.stack(latents[::-1])
     # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
-    h = h[:, None]
     noising = (latents[1:] - latents[:-1] * (1 - h / variance)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
     log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
     prior = -0.5 * noise[-1] ** 2 - math.log(actor.prior_std * math.sqrt(2 * math.pi))
-    bound = log_ratio - prior + tanh_log_det(latents[0])  # Eq. 117, Eq. 180 (E1: its sign)
+    last = latents[0]
+    tanh_log_det = 2 * (math.log(2.0) - last - F.softplus(-2 * last))  # of 1 - tanh^2; finite where tanh rounds to 1
+    bound = log_ratio - prior + tanh_log_det  # Eq. 117, Eq. 180 (E1: its sign)
     return Chain(torch.tanh(latents[0]), bound.sum(-1), latents[1:].transpose(0, 1), means.transpose(0, 1))
 
 def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: float) -> Tensor:
@@ -328,12 +294,10 @@ def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: fl
 def trajectory_kl(actor: Actor, observation: Tensor, latents: Tensor, means: Tensor, old_h: Tensor) -> Tensor:
     """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
     closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
-    state, time = actor.embed(observation)
-    h = actor.step_sizes()
+    (state, time), h = actor.embed(observation), actor.step_sizes()
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - torch.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
-
 # ---------------------------------------------------------------------------------------------- critic and targets
 def hl_gauss(args: Args, returns: Tensor) -> Tensor:
     """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
@@ -356,17 +320,16 @@ def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Te
         later = reward[t] + args.gamma * torch.where(terminated[t], 0.0, bonus[t] + mixture)  # Eq. 118, Eq. 179 (E2, E12)
         targets[t] = later
     return targets
-
 # ------------------------------------------------------------------------------------------------ losses, learning
 # All that learns: actor, critic, logarithms of the duals alpha and lambda (2,), and Adam for the three.
 Learner = namedtuple("Learner", "actor critic log_duals actor_opt critic_opt dual_opt")
+PARTS = ("actor", "critic", "actor_opt", "critic_opt", "dual_opt")  # of these, those that have a state_dict
 # B states: normalised observations, and from the rollout actions, old chains and lambda-returns.
 Batch = namedtuple("Batch", "observation action latents means target")
-
+UPDATE_METRICS = ("losses/critic", "losses/actor", "entropy/bound", "trust_region/kl", "trust_region/violated")
 def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
     """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
-    logits = critic(batch.observation, batch.action)
-    return F.cross_entropy(logits, hl_gauss(args, batch.target))
+    return F.cross_entropy(critic(batch.observation, batch.action), hl_gauss(args, batch.target))
 
 def actor_loss(actor: Actor, args: Args, critic: Critic, log_duals: Tensor, batch: Batch, old_h: Tensor, noise: Tensor
                ) -> tuple[Tensor, Tensor, Tensor]:
@@ -406,10 +369,7 @@ def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, 
     loss, bound, kl = actor_loss(learner.actor, args, learner.critic, learner.log_duals, batch, old_h, noise)
     descend(learner.actor_opt, loss, args.max_grad_norm)
     descend(learner.dual_opt, dual_loss(learner.log_duals, args, bound, kl, batch.action.shape[-1]))
-    violated = (kl > args.trust_region_bound).float()
-    return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), violated.mean()])
-
-UPDATE_METRICS = ("losses/critic", "losses/actor", "entropy/bound", "trust_region/kl", "trust_region/violated")
+    return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), (kl > args.trust_region_bound).float().mean()])
 
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[str, Tensor]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
@@ -417,26 +377,21 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[st
     for _ in range(args.num_epochs):
         metrics = []
         for rows in torch.randperm(size, device=agent.device).split(args.minibatch_size // WORLD):
-            batch = Batch(*(x[rows] for x in data))
-            noise = torch.randn(args.num_diffusion_steps + 1, *batch.action.shape, device=agent.device)
-            metrics.append(agent.update(batch, old_h, noise))
+            noise = torch.randn(args.num_diffusion_steps + 1, len(rows), data.action.shape[-1], device=agent.device)
+            metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
     return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
-
 # ------------------------------------------------------------------------------------------------------- iteration
 # What a checkpoint holds, then the environments' observations (E, .) and whether they have begun an episode in this process.
 TrainState = namedtuple("TrainState", "learner statistics iteration observation begun")
-
 def init_learner(args: Args, device: torch.device, observation_size: int, action_size: int) -> Learner:
     """Networks, duals and Adam, from the seed; the same in every process."""
     torch.manual_seed(args.seed)
     actor, critic = (kind(args, observation_size, action_size).to(device) for kind in (Actor, Critic))
     log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
-    learned = ([p for p in actor.parameters() if p.requires_grad], critic.parameters(), [log_duals])
-    rates = (args.actor_learning_rate, args.critic_learning_rate, args.dual_learning_rate)
     graphs = device.type == "cuda" and WORLD == 1 and args.compile is not False
-    optimizers = [torch.optim.Adam(parameters, rate, fused=True, capturable=graphs)
-                  for parameters, rate in zip(learned, rates, strict=True)]
-    return Learner(actor, critic, log_duals, *optimizers)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=graphs)
+    return Learner(actor, critic, log_duals, adam([p for p in actor.parameters() if p.requires_grad], args.actor_learning_rate),
+                   adam(critic.parameters(), args.critic_learning_rate), adam([log_duals], args.dual_learning_rate))
 
 def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor) -> tuple[Chain, Tensor]:
     """Chains of the actor at raw observations, and the normalised ones."""
@@ -487,19 +442,17 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tens
         fresh = sample_chain(learner.actor, some.observation, noise)
     metrics = learn(agent, learner, batch, old_h)
     with torch.no_grad():
-        for name, x in (("stored", some), ("fresh", fresh)):
-            kl = trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h)
-            metrics[f"trust_region/{name}_kl"] = kl.mean()
+        metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
+                    for name, x in (("stored", some), ("fresh", fresh))}
         alpha, lambda_ = learner.log_duals.exp()
-        metrics |= {"trust_region/lambda": lambda_, "entropy/alpha": alpha,
+        ended, *numbers = (everywhere(x.T) for x in data.episode)
+        metrics |= {"trust_region/lambda": lambda_, "entropy/alpha": alpha, "charts/episodes": ended.sum(),
                     "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
                     "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean()}
-        ended, *numbers = (everywhere(x.T) for x in data.episode)
         names = ("charts/episodic_return", "charts/episodic_length", "charts/success_once")
-        metrics |= {name: (x * ended).sum() / ended.sum() for name, x in zip(names, numbers, strict=False)}
-    metrics["charts/episodes"] = ended.sum()
+        if ended.any():  # else the rollout has no mean return
+            metrics |= {name: (x * ended).sum() / ended.sum() for name, x in zip(names, numbers, strict=False)}
     return TrainState(learner, merged, state.iteration + 1, observation, state.begun), metrics
-
 # ------------------------------------------------------------------------------------------------------ evaluation
 def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Tensor) -> Tensor:
     """Actions (B, A) at raw observations, as --eval-mode says."""
@@ -514,8 +467,7 @@ def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, ob
 
 @torch.no_grad()
 def evaluate(agent: Agent, state: TrainState, folder: str | pathlib.Path) -> dict[str, Tensor]:
-    """Play an episode of full length, successful or not, in each of --num-eval-envs environments of its own; returns metrics.
-    With --capture-video, writes the first one's to an mp4."""
+    """Metrics of an episode of full length, successful or not, in each evaluation environment; --capture-video films one."""
     torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration, 1]).generate_state(1)[0]))
     observation, frames = env_reset(agent.eval_envs, agent.args.seed, state.iteration, 1), []
     for _ in range(agent.time_limit):
@@ -524,28 +476,20 @@ def evaluate(agent: Agent, state: TrainState, folder: str | pathlib.Path) -> dic
             frames.append(agent.eval_envs[0].render()[0].cpu().numpy())
         observation, outcome = env_step(agent.eval_envs, action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
     if frames:
-        mediapy, ffmpeg = importlib.import_module("mediapy"), importlib.import_module("imageio_ffmpeg")
-        mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
-        path = pathlib.Path(folder, "videos", f"step_{state.iteration * agent.args.batch_size}.mp4")
-        path.parent.mkdir(exist_ok=True)
-        mediapy.write_video(path, frames, fps=agent.eval_envs[0].base_env.control_freq)
+        write, fps = import_module("mani_skill.utils.visualization").images_to_video, agent.eval_envs[0].base_env.control_freq
+        write(frames, f"{folder}/videos", f"step_{state.iteration * agent.args.batch_size}", fps=fps, verbose=False)
     _, total, length, once, at_end = (everywhere(x).float() for x in outcome[-1])
     return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(correction=0),
             "eval/episodic_length": length.mean(), "eval/success_once": once.mean(), "eval/success_at_end": at_end.mean()}
-
 # -------------------------------------------------------------------------------------- run folder and checkpoints
-PARTS = ("actor", "critic", "actor_opt", "critic_opt", "dual_opt")  # of a Learner, that have a state_dict
-
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
-    """Write everything that training continues from but the simulator's own state, and the seconds that it took. The file
-    appears under its name when it is complete; the last three are kept."""
+    """Write all that training continues from but the simulator's own state, and the seconds it took; keep the last three."""
     folder, learner = run / "checkpoints", state.learner
     folder.mkdir(parents=True, exist_ok=True)
-    content = {name: getattr(learner, name).state_dict() for name in PARTS}
-    content |= {"log_duals": learner.log_duals.detach(), "count": state.statistics.count, "moments": state.statistics.moments,
-                "iteration": state.iteration, "wall_time": wall_time}
+    content = {name: getattr(learner, name).state_dict() for name in PARTS} | state.statistics._asdict()
+    content |= {"log_duals": learner.log_duals.detach(), "iteration": state.iteration, "wall_time": wall_time}
     torch.save(content, folder / "unfinished")
-    (folder / "unfinished").replace(folder / f"{step}.pt")
+    (folder / "unfinished").replace(folder / f"{step}.pt")  # so that a file of this name is complete
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
         path.unlink()
 
@@ -580,29 +524,23 @@ def provenance() -> dict[str, Any]:
 
 def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
     """Write args.json and open metrics.jsonl and TensorBoard, to go on after this step; returns their logger."""
-    if RANK > 0:
-        return lambda *_: None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
     if args.track:
-        importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-                                              name=folder.name, dir=str(folder), sync_tensorboard=True)
+        import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+                                    name=folder.name, dir=str(folder), sync_tensorboard=True)
     path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
-    if path.exists():
-        # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+    if path.exists():  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
         lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
         path.with_suffix(".tmp").write_text("".join(lines))
         path.with_suffix(".tmp").replace(path)
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
-        ended = metrics["charts/episodes"] > 0  # else the rollout has no mean return
-        values = {name: x for name, x in metrics.items() if ended or not name.startswith(("charts/episodic", "charts/success"))}
         with path.open("a") as file:
-            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
-        for name, value in values.items():
+            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")
+        for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         writer.flush()
     return log
-
 # -------------------------------------------------------------------------------------------------------- training
 def parse() -> tuple[Args, dict[str, Any]]:
     """Resolved arguments and, with --resume or --evaluate, the content of a checkpoint."""
@@ -626,69 +564,61 @@ def parse() -> tuple[Args, dict[str, Any]]:
 def prepare(args: Args, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
     """Environments, and a training state, new or a checkpoint's. With --compile, what runs often is compiled."""
     gpu = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
     if gpu:
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if gpu else "gloo")
     envs = [] if args.evaluate else make_envs(args, device, args.num_envs // WORLD, evaluation=False)
     eval_envs = make_envs(args, device, args.num_eval_envs // WORLD, evaluation=True)
-    find_time_limit = importlib.import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value
-    time_limit = find_time_limit(eval_envs[0])
+    time_limit = import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value(eval_envs[0])
     shapes = eval_envs[0].single_observation_space.shape[0], eval_envs[0].single_action_space.shape[0]
     learner = init_learner(args, device, *shapes)
     statistics = Statistics(0, torch.zeros(2, shapes[0], device=device))
     state = TrainState(learner, statistics, 0, None, torch.zeros(args.num_envs // WORLD, dtype=torch.bool, device=device))
     state = fill_state(state, saved) if saved else state
     sample, update = functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)
-    compiled = gpu if args.compile is None else args.compile
-    if compiled:
+    if args.compile or (args.compile is None and gpu):
         sample, update = torch.compile(sample), torch.compile(update)
-    if compiled and gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
-        graph = importlib.import_module("tensordict.nn").CudaGraphModule
-        sample, update = graph(sample, warmup=5), graph(update, warmup=5)
+        if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
+            graph = functools.partial(import_module("tensordict.nn").CudaGraphModule, warmup=5)
+            sample, update = graph(sample), graph(update)
     if envs:
-        # Clocks start spread over an episode, so that time-outs do not coincide.
         state = state._replace(observation=env_reset(envs, args.seed, state.iteration, 0))
         rng = np.random.default_rng([args.seed, RANK, state.iteration])
-        for env in envs:
+        for env in envs:  # clocks start spread over an episode, so that time-outs do not coincide
             env.base_env.elapsed_steps.copy_(torch.tensor(rng.integers(time_limit, size=env.num_envs)))
     return Agent(args, device, envs, eval_envs, time_limit, sample, update), state
 
 def train(agent: Agent, state: TrainState, wall_time: float) -> int:
     """The training loop; returns the process's exit code."""
-    args, received = agent.args, []
+    args, done, received = agent.args, state.iteration, []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
-    done = state.iteration
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    log = open_run(folder, args, done * args.batch_size)
+    log = open_run(folder, args, done * args.batch_size) if RANK == 0 else lambda *_: None
     bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
     started, code = time.perf_counter() - wall_time, 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
         state, metrics = iterate(agent, state)
         done, step = state.iteration, state.iteration * args.batch_size
-        metrics["signal"] = torch.tensor(128.0 + received[0] if received else 0.0)
-        values = everywhere(torch.stack([x.float().to(agent.device) for x in metrics.values()])[None])
-        code = int(values[:, -1].max())
-        metrics = dict(zip(metrics, values.mean(0).tolist(), strict=True))
-        del metrics["signal"]
+        stop = torch.tensor(128.0 + received[0] if received else 0.0)
+        values = everywhere(torch.stack([x.float().to(agent.device) for x in (*metrics.values(), stop)])[None])
+        metrics = dict(zip(metrics, values[:, :-1].mean(0).tolist(), strict=True))
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
         finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
-        if finite and not code and (done == args.num_iterations or done % args.eval_interval == 0):
+        code = int(values[:, -1].max()) if finite else 1
+        if not code and (done == args.num_iterations or done % args.eval_interval == 0):
             metrics |= {name: float(x) for name, x in evaluate(agent, state, folder).items()}
             eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-            message = "step {:,}  SPS {:,.0f}  return {:.2f}  success {:.2f}  ETA {:.1f} min".format(
-                step, metrics["charts/SPS"], metrics["eval/episodic_return"], metrics["eval/success_once"], eta)
-            bar.write(message)
+            bar.write(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.2f}  "
+                      f"success {metrics['eval/success_once']:.2f}  ETA {eta:.1f} min")
             sys.stdout.flush()
         log(step, time.perf_counter() - started, metrics)
         bar.update()
-        if not finite:
-            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged",
-                  file=sys.stderr if RANK == 0 else sys.stdout)
-            code = 1
+        if not finite and RANK == 0:
+            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
     bar.close()
@@ -705,11 +635,9 @@ def main() -> None:
         torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, state = prepare(args, saved)
-    code = 0
     if args.evaluate:
         print(json.dumps({name: float(x) for name, x in evaluate(agent, state, args.evaluate).items()}))
-    else:
-        code = train(agent, state, float(saved.get("wall_time", 0.0)))
+    code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)))
     if WORLD > 1:
         dist.barrier()  # a process that ends with a signal's exit code makes torchrun end the others, and one is still saving
         dist.destroy_process_group()
