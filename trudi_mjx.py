@@ -15,7 +15,6 @@ actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order."""
 import dataclasses
 import difflib
 import functools
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -28,6 +27,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from importlib import import_module, metadata, util
 from typing import Any, Literal
 
 import jax
@@ -39,9 +39,8 @@ import tensorboardX
 import tqdm
 import tyro
 from flax import nnx
-from jax import Array
+from jax import Array, NamedSharding, P
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 DMC = ("AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup CheetahRun "
        "CartpoleSwingupSparse FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup "
@@ -127,14 +126,12 @@ def resolve(args: Args) -> Args:
         devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
     except RuntimeError as error:
         fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
-    simulator = {"impl": "warp" if devices[0].platform == "gpu" else "jax"}
-    defaults = SUITE["dmc" if args.env_id in DMC else "humanoid"] | PRESET[args.preset] | simulator
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    size = args.num_envs * args.num_steps
-    args = dataclasses.replace(args, batch_size=size, num_iterations=args.total_timesteps // max(size, 1))
+    values = {"impl": "warp" if devices[0].platform == "gpu" else "jax"} | SUITE["dmc" if args.env_id in DMC else "humanoid"]
+    values |= PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
+    size = values["num_envs"] * values["num_steps"]
+    args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
-    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items()
-               if isinstance(v, int | float) and not isinstance(v, bool) and k not in may_be_zero}
+    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
     shards, split = max(args.num_devices * jax.process_count(), 1), ("--num-envs", "--minibatch-size", "--num-eval-envs")
     rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
@@ -151,28 +148,25 @@ def resolve(args: Args) -> Args:
         fail(message)
     return args
 # --------------------------------------------------------------------------- environments and their observations
-# What stays constant while training; compiled programs close over it.
-Agent = namedtuple("Agent", "args env time_limit mesh")
-# E environments: Playground's states, those that ended episodes continue from, steps towards the time-out, steps and
-# rewards since the last reset. Clock and length differ in the first episode only.
-EnvState = namedtuple("EnvState", "sim reset_to clock length total")
+Agent = namedtuple("Agent", "args env time_limit mesh")  # what stays constant while training; compiled programs close over it
+# E environments: Playground's states, those that follow an end, steps towards the time-out, steps and rewards since a reset.
+EnvState = namedtuple("EnvState", "sim reset_to clock length total")  # clock and length differ in the first episode only
 # A rollout, leaves (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the
 # policy that acted (N, A), true next observations, and which episodes seen whole ended here, with their returns and lengths.
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
 
 def make_agent(args: Args) -> Agent:
     """Load a Playground task and lay out the devices. Exits with code 2 if the task's meshes can't be had."""
-    meshes = pathlib.Path(importlib.util.find_spec("mujoco_playground").origin).parent / "external_deps" / "mujoco_menagerie"
+    meshes = pathlib.Path(util.find_spec("mujoco_playground").origin).parent / "external_deps" / "mujoco_menagerie"
     try:
         if args.env_id in HUMANOID and not meshes.exists():  # Playground is slow to import, then clones: can it?
             socket.create_connection(("github.com", 443), timeout=2).close()
-        registry = importlib.import_module("mujoco_playground").registry
+        registry = import_module("mujoco_playground").registry
         env = registry.load(args.env_id, config_overrides={"impl": args.impl})
     except (OSError, subprocess.CalledProcessError) as error:
         fail(f"{args.env_id} needs meshes that cannot be downloaded ({error}); in advance, "
              f"git clone https://github.com/google-deepmind/mujoco_menagerie and copy or link it to {meshes}")
-    devices, hosts = jax.devices(), jax.process_count()
-    used = [d for i, d in enumerate(devices) if i % (len(devices) // hosts) < args.num_devices]
+    used = [device for i, device in enumerate(jax.devices()) if i % jax.local_device_count() < args.num_devices]
     return Agent(args, env, registry.get_default_config(args.env_id).episode_length, jax.sharding.Mesh(used, ("env",)))
 
 def views(observation: Any) -> tuple[Array, Array]:
@@ -180,32 +174,27 @@ def views(observation: Any) -> tuple[Array, Array]:
     return (observation["state"], observation["privileged_state"]) if isinstance(observation, dict) else (observation,) * 2
 
 def over_envs(agent: Agent, function: Any, *inputs: Any) -> Any:
-    """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments.
-    Playground ends a simulation that has become NaN: it pays nothing more, and `iterate` counts such ends."""
-    axis, call = PartitionSpec("env"), jax.vmap(function)
+    """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments."""
+    call = jax.vmap(function)
     if agent.mesh.size > 1:  # Warp's programs cannot be mapped over seeds around a shard_map
-        call = jax.shard_map(call, mesh=agent.mesh, in_specs=axis, out_specs=axis, check_vma=False)
+        call = jax.shard_map(call, mesh=agent.mesh, in_specs=P("env"), out_specs=P("env"), check_vma=False)
     sim = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
-    return sim.replace(reward=jnp.where((sim.done > 0) & jnp.isnan(sim.reward), 0.0, sim.reward))
+    return sim.replace(reward=jnp.where((sim.done > 0) & jnp.isnan(sim.reward), 0.0, sim.reward))  # Playground ends what is NaN
 
 def env_reset(agent: Agent, key: Array) -> EnvState:
     """Start the training environments, their clocks spread over an episode so that time-outs do not coincide."""
-    sim_key, clock_key = jax.random.split(key)
-    zeros = jnp.zeros(agent.args.num_envs)
+    (sim_key, clock_key), zeros = jax.random.split(key), jnp.zeros(agent.args.num_envs)
     sim = over_envs(agent, agent.env.reset, jax.random.split(sim_key, zeros.size))
     return EnvState(sim, sim, jax.random.randint(clock_key, zeros.shape, 0, agent.time_limit), zeros.astype(int), zeros)
 
 def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tuple]:
     """Step, end and restart episodes; returns the new state and Transition's fields from reward on."""
     sim = over_envs(agent, agent.env.step, env.sim, action)
-    clock, length, total = env.clock + 1, env.length + 1, env.total + sim.reward
-    terminated = sim.done > 0
-    truncated = (clock >= agent.time_limit) & ~terminated
-    done = terminated | truncated
-    def restart(initial: Array, current: Array) -> Array:
-        shared = current.shape[:1] != done.shape  # between environments, as some of MuJoCo Warp's buffers are
-        return current if shared else jnp.where(done.reshape(-1, *[1] * (current.ndim - 1)), initial, current)
-    outcome = (sim.reward, terminated, truncated, sim.obs, (done & (length == clock), total, length))
+    clock, length, total, terminated = env.clock + 1, env.length + 1, env.total + sim.reward, sim.done > 0
+    done = terminated | (clock >= agent.time_limit)
+    def restart(initial: Array, now: Array) -> Array:  # some of MuJoCo Warp's buffers are shared between environments
+        return now if now.shape[:1] != done.shape else jnp.where(done.reshape(-1, *[1] * (now.ndim - 1)), initial, now)
+    outcome = (sim.reward, terminated, done & ~terminated, sim.obs, (done & (length == clock), total, length))
     sim, counters = jax.tree.map(restart, env.reset_to, sim), (jnp.where(done, 0, x) for x in (clock, length, total))
     return EnvState(sim, env.reset_to, *counters), outcome
 
@@ -231,8 +220,7 @@ class Actor(nnx.Module):
         self.input = linear(observation_size + action_size + TIME_FEATURES, width)
         self.norms = nnx.List([nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs) for _ in range(3)])
         self.hidden = nnx.List([linear(width, width) for _ in range(3)])
-        # Zero, so that the untrained policy is the prior's own process whatever it observes.
-        self.output = linear(width, action_size, kernel_init=nnx.initializers.zeros)
+        self.output = linear(width, action_size, kernel_init=nnx.initializers.zeros)  # untrained: the prior's own process
         self.raw_friction = nnx.Param(jnp.full(action_size, np.log(np.e - 1)))  # softplus makes it 1
     def step_sizes(self) -> Array:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
@@ -242,16 +230,14 @@ class Actor(nnx.Module):
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / nnx.softplus(raw)
     def embed(self, observation: Array) -> tuple[Array, Array]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
-        n, half = jnp.arange(1, self.num_steps + 1)[:, None], TIME_FEATURES // 2
-        angle = n * 10000.0 ** (-jnp.arange(half) / half)
+        angle = jnp.arange(1, self.num_steps + 1)[:, None] * 10000.0 ** -jnp.arange(0, 1, 2 / TIME_FEATURES)
         time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
         time = self.time_mlp[1](nnx.gelu(self.time_mlp[0](time)))
         kernel = self.input.kernel[...]
         return observation @ kernel[:observation.shape[-1]] + self.input.bias[...], time @ kernel[-TIME_FEATURES:]
     def __call__(self, state: Array, time: Array, latent: Array) -> Array:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
-        kernel = self.input.kernel[-TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
-        x = state + time + latent @ kernel
+        x = state + time + latent @ self.input.kernel[-TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
         for norm, hidden in zip(self.norms, self.hidden, strict=True):
             x = x + nnx.gelu(hidden(norm(x)))
         return self.output(x)
@@ -275,18 +261,17 @@ class Critic(nnx.Module):
 Chain = namedtuple("Chain", "action entropy_bound latents means")
 def sample_chain(actor: Actor, observation: Array, noise: Array, unroll: bool = False) -> Chain:
     """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
-    (state, time), h, variance = actor.embed(observation), actor.step_sizes(), actor.prior_std**2
+    (state, time), h, prior_std = actor.embed(observation), actor.step_sizes()[:, None], actor.prior_std
     def denoise(latent: Array, step: tuple) -> tuple[Array, tuple]:
         h, time_n, xi = step
-        mean = latent + h * (actor(state, time_n, latent) - latent / variance)  # Eq. 186, discretising Eq. 5
+        mean = latent + h * (actor(state, time_n, latent) - latent / prior_std**2)  # Eq. 186, discretising Eq. 5
         return mean + jnp.sqrt(2 * h) * xi, (latent, mean)  # Eq. 31
-    steps = (h, time, noise[:-1])
-    last, (latents, means) = jax.lax.scan(denoise, actor.prior_std * noise[-1], steps, reverse=True, unroll=unroll)
+    last, (latents, means) = jax.lax.scan(denoise, prior_std * noise[-1], (h, time, noise[:-1]), reverse=True, unroll=unroll)
     # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
-    later, h = jnp.concatenate([last[None], latents[:-1]]), h[:, None]
-    noising = (latents - later * (1 - h / variance)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
+    later = jnp.concatenate([last[None], latents[:-1]])
+    noising = (latents - later * (1 - h / prior_std**2)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
     log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
-    prior = -0.5 * noise[-1] ** 2 - jnp.log(actor.prior_std * jnp.sqrt(2 * jnp.pi))
+    prior = -0.5 * noise[-1] ** 2 - jnp.log(prior_std * jnp.sqrt(2 * jnp.pi))
     tanh_log_det = 2 * (jnp.log(2.0) - last - nnx.softplus(-2 * last))  # of 1 - tanh^2; finite where tanh rounds to 1
     bound = log_ratio - prior + tanh_log_det  # Eq. 117, Eq. 180 (E1: its sign)
     return Chain(jnp.tanh(last), bound.sum(-1), jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
@@ -303,8 +288,7 @@ def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: floa
 def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array, old_h: Array) -> Array:
     """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
     closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
-    state, time = actor.embed(observation)
-    h = actor.step_sizes()
+    (state, time), h = actor.embed(observation), actor.step_sizes()
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
@@ -313,8 +297,7 @@ def hl_gauss(args: Args, returns: Array) -> Array:
     """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
     width = (args.v_max - args.v_min) / (args.num_atoms - 1)
     edges = jnp.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1)
-    centre = jnp.clip(returns, args.v_min, args.v_max)[..., None]
-    cdf = jax.scipy.special.ndtr((edges - centre) / (HL_GAUSS_SIGMA * width))
+    cdf = jax.scipy.special.ndtr((edges - jnp.clip(returns, args.v_min, args.v_max)[..., None]) / (HL_GAUSS_SIGMA * width))
     return jnp.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
 
 def q_value(args: Args, logits: Array) -> Array:
@@ -332,20 +315,17 @@ def lambda_returns(args: Args, reward: Array, terminated: Array, truncated: Arra
         return target, target
     return jax.lax.scan(step, jnp.zeros_like(value[-1]), (reward, terminated, bootstrap, value, bonus), reverse=True)[1]
 # ------------------------------------------------------------------------------------------------ losses, learning
-# All that learns: actor, critic, logarithms of the duals, and Adam's moments for the three. To JAX, networks are pytrees.
-Learner = namedtuple("Learner", "actor critic duals actor_opt critic_opt dual_opt")
+Learner = namedtuple("Learner", "actor critic duals actor_opt critic_opt dual_opt")  # all that learns; networks are pytrees
 # B states: normalised observations of both networks, and from the rollout actions, old chains and lambda-returns.
 Batch = namedtuple("Batch", "seen_by_actor seen_by_critic action latents means target")
 def optimizers(args: Args) -> list[optax.GradientTransformation]:
     """Adam for actor, critic and duals; the first two clip their gradients' global norms."""
-    clipped = [optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(rate))
-               for rate in (args.actor_learning_rate, args.critic_learning_rate)]
-    return [*clipped, optax.adam(args.dual_learning_rate)]
+    rates, clip = (args.actor_learning_rate, args.critic_learning_rate), optax.clip_by_global_norm(args.max_grad_norm)
+    return [*(optax.chain(clip, optax.adam(rate)) for rate in rates), optax.adam(args.dual_learning_rate)]
 
 def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
     """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
-    logits = critic(batch.seen_by_critic, batch.action)
-    return optax.softmax_cross_entropy(logits, hl_gauss(args, batch.target)).mean()
+    return optax.softmax_cross_entropy(critic(batch.seen_by_critic, batch.action), hl_gauss(args, batch.target)).mean()
 
 def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Batch, old_h: Array, noise: Array) -> tuple:
     """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
@@ -359,8 +339,7 @@ def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Bat
 
 def dual_loss(duals: dict, args: Args, bound: Array, kl: Array, action_size: int) -> Array:
     """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
-    surplus = bound.mean() + args.target_entropy_scale * action_size
-    excess = kl.mean() - args.trust_region_bound
+    surplus, excess = bound.mean() + args.target_entropy_scale * action_size, kl.mean() - args.trust_region_bound
     return jnp.exp(duals["log_alpha"]) * surplus - jnp.exp(duals["log_lambda"]) * excess  # Eq. 183, Eq. 184 (E4)
 
 def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: Array, key: Array) -> tuple[Learner, dict]:
@@ -383,7 +362,7 @@ def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: Array,
 
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Array, key: Array) -> tuple[Learner, dict[str, Array]]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
-    args, sharding = agent.args, NamedSharding(agent.mesh, PartitionSpec("env"))
+    args, sharding = agent.args, NamedSharding(agent.mesh, P("env"))
     def minibatch(learner: Learner, step: tuple[Array, Array]) -> tuple[Learner, dict]:
         batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[step[0]], sharding), data)
         return update_minibatch(agent, learner, batch, old_h, step[1])
@@ -398,12 +377,11 @@ def init_state(agent: Agent, key: Array) -> TrainState:
     """Networks, duals, Adam, statistics and environments of one run, from its seed's key."""
     actor_key, critic_key, env_key, key = jax.random.split(key, 4)
     env = env_reset(agent, env_key)
-    one = jax.tree.map(lambda x: jnp.zeros_like(x[0]), env.sim.obs)
-    actor, critic = (kind(agent.args, view.size, agent.env.action_size, nnx.Rngs(k))
-                     for kind, view, k in zip((Actor, Critic), views(one), (actor_key, critic_key), strict=True))
+    actor, critic = (kind(agent.args, seen.shape[-1], agent.env.action_size, nnx.Rngs(k))
+                     for kind, seen, k in zip((Actor, Critic), views(env.sim.obs), (actor_key, critic_key), strict=True))
     duals = {name: jnp.log(INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
     moments = [o.init(p) for o, p in zip(optimizers(agent.args), (actor, critic, duals), strict=True)]
-    statistics = Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.size)), one))
+    statistics = Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.shape[-1])), env.sim.obs))
     return TrainState(Learner(actor, critic, duals, *moments), statistics, env, key, jnp.zeros((), int))
 
 def sample_policy(agent: Agent, actor: Actor, observation: Array, key: Array) -> Chain:
@@ -417,8 +395,7 @@ def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, k
     num_envs, key, reset_key = agent.args.num_envs, *jax.random.split(key)
     count = min(num_envs, -(-num_envs * agent.args.num_steps // agent.time_limit))
     new = jax.vmap(agent.env.reset)(jax.random.split(reset_key, count))
-    queue = jax.tree.map(lambda old, x: jnp.concatenate([old[count:], x]) if old.shape[:1] == (num_envs,) else old,
-                         env.reset_to, new)
+    queue = jax.tree.map(lambda x, y: jnp.concatenate([x[count:], y]) if x.shape[:1] == (num_envs,) else x, env.reset_to, new)
     def step(env: EnvState, key: Array) -> tuple[EnvState, Transition]:
         chain = sample_policy(agent, actor, views(normalize(statistics, env.sim.obs))[0], key)
         action = jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT)
@@ -430,9 +407,8 @@ def critic_targets(agent: Agent, learner: Learner, data: Transition, next_seen: 
     """Soft lambda-returns (T, E), with a fresh action at every true next observation, normalised for both networks."""
     def next_value(step: tuple) -> tuple[Array, Array]:
         (seen_by_actor, seen_by_critic), key = step
-        chain = sample_policy(agent, learner.actor, seen_by_actor, key)
-        bonus = jnp.exp(learner.duals["log_alpha"]) * chain.entropy_bound
-        return q_value(agent.args, learner.critic(seen_by_critic, chain.action)), bonus
+        action, bound, *_ = sample_policy(agent, learner.actor, seen_by_actor, key)
+        return q_value(agent.args, learner.critic(seen_by_critic, action)), jnp.exp(learner.duals["log_alpha"]) * bound
     value, bonus = jax.lax.map(next_value, (next_seen, jax.random.split(key, agent.args.num_steps)))
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, value, bonus)
 
@@ -440,16 +416,13 @@ def improve(agent: Agent, old: Learner, data: Transition, seen: tuple, next_seen
     """Learn from a rollout, whose observations and true next ones are given as both networks see them, normalised."""
     args, old_h, (target_key, learn_key, check_key) = agent.args, old.actor.step_sizes(), keys
     target = critic_targets(agent, old, data, next_seen, target_key)
-    batch = Batch(*seen, data.action, data.latents, data.means, target)
-    batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
+    batch = Batch(*(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in (*seen, data.action, data.latents, data.means, target)))
     learner, metrics = learn(agent, old, batch, old_h, learn_key)
     # The KL of the whole iteration on as many states as a minibatch has: on stored chains, and on fresh ones of the old policy.
     row_key, noise_key = jax.random.split(check_key)
     some = jax.tree.map(lambda x: x[jax.random.permutation(row_key, args.batch_size)[:args.minibatch_size]], batch)
-    noise = jax.random.normal(noise_key, (args.num_diffusion_steps + 1, *some.action.shape))
-    for name, chain in (("stored", some), ("fresh", sample_chain(old.actor, some.seen_by_actor, noise))):
-        kl = trajectory_kl(learner.actor, some.seen_by_actor, chain.latents, chain.means, old_h)
-        metrics[f"trust_region/{name}_kl"] = kl.mean()
+    for name, x in (("stored", some), ("fresh", sample_policy(agent, old.actor, some.seen_by_actor, noise_key))):
+        metrics[f"trust_region/{name}_kl"] = trajectory_kl(learner.actor, some.seen_by_actor, x.latents, x.means, old_h).mean()
     alpha, lambda_ = jnp.exp(learner.duals["log_alpha"]), jnp.exp(learner.duals["log_lambda"])
     return learner, metrics | {"entropy/alpha": alpha, "trust_region/lambda": lambda_, "critic/target": target.mean(),
                                "entropy/friction": nnx.softplus(learner.actor.raw_friction[...]).mean(),
@@ -467,8 +440,7 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Arra
     learner, metrics = improve(agent, state.learner, data, seen, next_seen, keys)
     ended, total, length = data.episode
     metrics |= {"charts/simulator_nans": jnp.isnan(next_seen[0]).any(-1).sum(), "charts/episodes": ended.sum(),
-                "charts/episodic_return": jnp.sum(total * ended) / jnp.maximum(ended.sum(), 1),
-                "charts/episodic_length": jnp.sum(length * ended) / jnp.maximum(ended.sum(), 1)}
+                "charts/episodic_return": total.mean(where=ended), "charts/episodic_length": length.mean(where=ended)}
     return TrainState(learner, merged, env, key, state.iteration + 1), metrics
 
 def evaluation_action(agent: Agent, learner: Learner, seen: tuple[Array, Array], key: Array) -> Array:
@@ -482,8 +454,7 @@ def evaluation_action(agent: Agent, learner: Learner, seen: tuple[Array, Array],
     return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
 
 def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
-    """Play a full episode in each of --num-eval-envs environments of its own; returns metrics and, for a video, the first
-    one's poses (T, ...) and whether its episode was still running (T,)."""
+    """An episode in each evaluation environment: metrics and, for a video, the first one's poses and if it went on (T, ...)."""
     reset_key, key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training never folds in so large a number
     def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
         sim, alive, total, length = carry
@@ -504,8 +475,7 @@ def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManage
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves if x.size}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
 
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
     """Write the whole training state and the seconds that it took."""
@@ -533,7 +503,7 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 def check_renderer() -> None:
     """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
     try:
-        mujoco = importlib.import_module("mujoco")
+        mujoco = import_module("mujoco")
         mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
     except Exception as error:  # each GL library has its own, some while mujoco is imported
         fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
@@ -544,15 +514,15 @@ def provenance() -> dict[str, Any]:
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
     device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {os.cpu_count()} cores"
     return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
-            "versions": {d.name: d.version for d in importlib.metadata.distributions()}}
+            "versions": {d.name: d.version for d in metadata.distributions()}}
 
 def open_run(folder: pathlib.Path, args: Args) -> None:
     """Make the run's folder with args.json in it; start Weights & Biases, which copies what TensorBoard gets."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
     if args.track:
-        importlib.import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-                                              name=folder.name, dir=str(folder), sync_tensorboard=True)
+        import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+                                    name=folder.name, dir=str(folder), sync_tensorboard=True)
 
 def open_log(folder: pathlib.Path, step: int) -> Callable:
     """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
@@ -562,11 +532,9 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
         path.with_suffix(".tmp").write_text("".join(lines))
         path.with_suffix(".tmp").replace(path)
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
-        ended = metrics["charts/episodes"] > 0  # else the rollout has no mean return
-        values = {name: x for name, x in metrics.items() if ended or not name.startswith("charts/episodic")}
         with path.open("a") as file:
-            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **values}) + "\n")
-        for name, value in values.items():
+            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")
+        for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         writer.flush()
     return log
@@ -592,28 +560,27 @@ def parse() -> tuple[Args, dict[str, Any]]:
 
 def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
     """The training state of all seeds, new or a checkpoint's, laid out on the devices; `iterate` and `evaluate` compiled."""
-    whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
+    whole, split = NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P(None, "env"))
     init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
     keys = np.stack([jax.random.PRNGKey(agent.args.seed + k) for k in range(agent.args.num_seeds)])
     shapes = jax.eval_shape(init, keys)
     env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, shapes.env)
     shardings = jax.tree.map(lambda _: whole, shapes)._replace(env=env)
-    # Runs once: optimising it would take longer.
-    init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})
+    init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})  # it runs only once
     state = jax.device_put(fill_state(shapes, saved["state"]), shardings) if saved else init(keys)
     judge = jax.jit(judge, out_shardings=whole).lower(state).compile()
     run = jax.jit(run, out_shardings=(shardings, whole), donate_argnums=0)
     return state, None if agent.args.evaluate else run.lower(state).compile(), judge
 
-def run_evaluation(agent: Agent, judge: Any, state: TrainState, iteration: int, folder: str | pathlib.Path) -> dict:
+def run_evaluation(agent: Agent, judge: Any, state: TrainState, folder: str | pathlib.Path) -> dict:
     """Evaluate every seed; with --capture-video, draw the first one's episode to an mp4 of at most 30 frames a second."""
     metrics, (poses, alive) = jax.device_get(judge(state))
     if agent.args.capture_video and jax.process_index() == 0:
-        mediapy, ffmpeg = importlib.import_module("mediapy"), importlib.import_module("imageio_ffmpeg")
+        mediapy, ffmpeg = import_module("mediapy"), import_module("imageio_ffmpeg")
         mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
         stride, frame = int(np.ceil(1 / (30 * agent.env.dt))), namedtuple("Frame", "data")
         states = [frame(Pose(*(x[0, t] for x in poses))) for t in range(0, int(alive[0].sum()), stride)]
-        path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
+        path = pathlib.Path(folder, "videos", f"step_{int(jax.device_get(state.iteration)[0]) * agent.args.batch_size}.mp4")
         path.parent.mkdir(exist_ok=True)
         mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
     return metrics
@@ -635,22 +602,22 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
         began = time.perf_counter()
         state, metrics = iterate(state)
         metrics = jax.device_get(metrics)
-        done, step = done + 1, (done + 1) * args.batch_size
         metrics["charts/SPS"] = np.full(args.num_seeds, args.batch_size / (time.perf_counter() - began))
+        done, step = done + 1, (done + 1) * args.batch_size
         finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith(("losses", "trust")))
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
-            metrics |= run_evaluation(agent, judge, state, done, folder)
+            metrics |= run_evaluation(agent, judge, state, folder)
             returns = ", ".join(f"{x:.1f}" for x in metrics["eval/episodic_return"])
             eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
             bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
             sys.stdout.flush()
-        for k, log in enumerate(logs):
-            log(step, time.perf_counter() - started, {name: float(x[k]) for name, x in metrics.items()})
+        for k, log in enumerate(logs):  # a rollout in which no episode ended has no mean return or length
+            log(step, time.perf_counter() - started, {name: float(x[k]) for name, x in metrics.items()
+                if metrics["charts/episodes"][k] > 0 or not name.startswith("charts/episodic")})
         bar.update()
-        code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max())
+        code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max()) if finite else 1
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
-            code = 1
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
     bar.close()
@@ -662,10 +629,9 @@ def main() -> None:
     os.environ.setdefault("MUJOCO_GL", "egl")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
     if "JAX_COORDINATOR_ADDRESS" in os.environ:  # the only one of its variables that JAX itself reads outside of a cluster
-        hosts = {name: int(os.environ[f"JAX_{name.upper()}"]) for name in ("num_processes", "process_id")}
-        jax.distributed.initialize(**hosts)
+        jax.distributed.initialize(**{x: int(os.environ[f"JAX_{x.upper()}"]) for x in ("num_processes", "process_id")})
         # MJX would put its constants on the first host's device, where the others cannot read them.
-        importlib.import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
+        import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
     args, saved = parse()
     if args.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
@@ -677,8 +643,7 @@ def main() -> None:
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
     if not args.evaluate:
         sys.exit(train(agent, iterate, judge, state, float(saved.get("wall_time", 0.0))))
-    metrics = run_evaluation(agent, judge, state, int(jax.device_get(state.iteration)[0]), args.evaluate)
-    print(json.dumps({name: x.tolist() for name, x in metrics.items()}))
+    print(json.dumps({name: x.tolist() for name, x in run_evaluation(agent, judge, state, args.evaluate).items()}))
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,20 @@
-"""Does every task run? Two tiny iterations, an evaluation and a checkpoint of each of Playground's tasks that TruDi knows.
+"""Does every task run? Two tiny iterations, an evaluation and a checkpoint of each of the tasks that a script knows.
 
-    python benchmark/all_tasks.py [--tasks CheetahRun HopperHop] [any flag of trudi_mjx.py]
+    python benchmark/all_tasks.py [--script trudi_mjx] [--tasks CheetahRun HopperHop] [--flags "--impl warp"]
 
-Each task is a process `python trudi_mjx.py --env-id TASK` with networks and batches too small to learn, so its return says only
-that an evaluation took place. A failure is reported and the next task follows. Sizes are read from the checkpoint that the
-run left. Results go to benchmark/results/all_tasks.json and all_tasks.md; the exit code is 1 if any task failed.
+Each task is a process `python SCRIPT.py --env-id TASK` with networks and batches too small to learn, so its return says only
+that an evaluation took place. A failure is reported and the next task follows. Sizes are read from the run's checkpoint.
+Results go to benchmark/results/all_tasks_{script}.json and .md; the exit code is 1 if any task failed.
 """
 
 import dataclasses
+import importlib
 import json
 import logging
 import math
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,25 +22,22 @@ import time
 from typing import Any, Literal
 
 import tyro
-from common import RESULTS, Sizes, cpu_name, markdown_table, shown_args, training_command, trudi, write_json
+from common import RESULTS, ROOT, cpu_name, markdown_table, trudi, write_json
 
+SMALL = ("--num-envs 8 --num-steps 4 --minibatch-size 16 --num-epochs 1 --hidden-dim 16 --num-eval-envs 2 --eval-interval 1000 "
+         "--checkpoint-interval 1000 --compilation-cache-dir=")
+TASKS = {"trudi_mjx": [*trudi.DMC, *trudi.HUMANOID]}
 
 @dataclasses.dataclass(frozen=True)
-class Options(Sizes):
-    """Try all tasks, with these flags of trudi_mjx.py."""
+class Options:
+    """Try all tasks of a script."""
 
-    env_id: tyro.conf.Suppress[str] = ""
-    tasks: tuple[str, ...] = trudi.DMC + trudi.HUMANOID  # which ones
+    script: Literal["trudi_mjx", "trudi_humanoidbench"] = "trudi_mjx"  # whose tasks
+    tasks: tuple[str, ...] = ()  # which ones; default: all of the paper's
     iterations: int = 2  # of each task
     timeout: float = 3600.0  # seconds for each task
-    output: str = str(RESULTS / "all_tasks")  # results, without .json and .md
-    impl: Literal["jax", "warp"] | None = "jax"  # simulator, MJX or MuJoCo Warp
-    num_envs: int = 8  # parallel environments
-    num_steps: int = 4  # steps of each environment in a rollout
-    minibatch_size: int = 16  # states in a gradient step
-    num_epochs: int = 1  # passes over a rollout
-    hidden_dim: int = 16  # width of actor and critic
-    num_eval_envs: int = 2  # episodes in an evaluation
+    flags: str = ""  # more flags of the script, after those of small sizes
+    output: str | None = None  # results, without .json and .md; default: named after the script
 
 def sizes(run: pathlib.Path) -> dict[str, int]:
     """Numbers of observations (actor's and critic's) and actions, from a run's checkpoint."""
@@ -63,8 +62,8 @@ def try_task(options: Options, task: str) -> dict[str, Any]:
     """Run one task in a process of its own."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        steps = options.iterations * options.num_envs * options.num_steps
-        command = training_command(options.training_args(env_id=task, total_timesteps=steps, log_dir=folder))
+        command = [sys.executable, str(ROOT / f"{options.script}.py"), "--env-id", task, *shlex.split(SMALL),
+                   "--log-dir", folder, "--total-timesteps", str(options.iterations * 8 * 4), *shlex.split(options.flags)]
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
                                   timeout=options.timeout, cwd=folder)
@@ -93,12 +92,13 @@ def main() -> None:
     """Try the tasks one after another, writing the results as they come."""
     options, results = tyro.cli(Options), []
     logging.getLogger("absl").setLevel(logging.ERROR)
-    for task in options.tasks:
+    path = pathlib.Path(options.output or RESULTS / f"all_tasks_{options.script}")
+    for task in options.tasks or TASKS.get(options.script) or importlib.import_module(options.script).TASKS:
         results.append(try_task(options, task))
         print(json.dumps(results[-1]), flush=True)
-        write_json(pathlib.Path(options.output + ".json"), {"args": shown_args(options.training_args()), "tasks": results})
-        text = as_markdown(results) + f"\n{options.iterations} iterations of each, {options.impl}, on {cpu_name()}.\n"
-        pathlib.Path(options.output + ".md").write_text(text)
+        write_json(path.with_suffix(".json"), {"flags": f"{SMALL} {options.flags}".strip(), "tasks": results})
+        text = as_markdown(results) + f"\n{options.iterations} iterations of each, on {cpu_name()}.\n"
+        path.with_suffix(".md").write_text(text)
     print(text)
     sys.exit(any(result["exit_code"] != 0 or not result["iterations_ok"] for result in results))
 

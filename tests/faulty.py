@@ -1,0 +1,74 @@
+"""Small Gymnasium environments that misbehave or whose episodes are known, as `faulty:Raises-v0` and so on."""
+
+import os
+import time
+
+import gymnasium as gym
+import numpy as np
+
+
+class Counter(gym.Env):
+    """Observes (step, episode), pays its action each step; an episode terminates after `ends`[episode % len] steps."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, ends=(1000,), success=None, bar=None, render_mode=None):
+        self.ends, self.success, self.episode, self.render_mode = ends, success, -1, render_mode
+        self.task = type("Task", (), {"success_bar": bar})
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.now, self.episode = 0, self.episode + 1
+        return np.array([0.0, self.episode]), {}
+
+    def step(self, action):
+        self.now += 1
+        info = {} if self.success is None else {"success": self.now == self.success}
+        return (np.array([self.now, self.episode]), float(action[0]), self.now == self.ends[self.episode % len(self.ends)],
+                False, info)
+
+
+class Raises(Counter):
+    """Raises an exception at its third step."""
+
+    def step(self, action):
+        if self.now == 2:
+            raise ZeroDivisionError("the robot fell through the floor")
+        return super().step(action)
+
+
+class Dies(Counter):
+    """Ends its process at its third step, as a crash in a simulator's library does."""
+
+    def step(self, action):
+        if self.now == 2:
+            os._exit(7)
+        return super().step(action)
+
+
+class Hangs(Counter):
+    """Never returns from its third step."""
+
+    def step(self, action):
+        while self.now == 2:
+            time.sleep(0.1)
+        return super().step(action)
+
+
+class Draws(Counter):
+    """Observes two numbers of NumPy's global generator, drawn at every reset, as goals of HumanoidBench are."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.random.rand(2), {}
+
+
+for kind in (Counter, Raises, Dies, Hangs, Draws):
+    gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=20)
+gym.register("Discrete-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=20)
+gym.register("Endless-v0", Counter)
+gym.register("ShortCheetah-v0", "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv", max_episode_steps=50)
+gym.register("Successful-v0", Counter, kwargs=dict(success=3, bar=100.0), max_episode_steps=20)
+gym.register("Barred-v0", Counter, kwargs=dict(ends=(5, 10), bar=4.0), max_episode_steps=20)
