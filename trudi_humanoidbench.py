@@ -170,9 +170,10 @@ Task = namedtuple("Task", "observation_size action_size time_limit success_bar f
 # that acted (N, A), rewards, how episodes ended, true next observations.
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation")
 
-def make_env(env_id: str, **options: Any) -> gym.Env:
-    """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit; options are gym.make's."""
-    env = gym.make(f"humanoid_bench:{env_id}" if env_id in TASKS else env_id, disable_env_checker=True, **options)
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit."""
+    name = f"humanoid_bench:{env_id}" if env_id in TASKS else env_id
+    env = gym.make(name, render_mode=render_mode, disable_env_checker=True)
     box, limit = env.action_space, env.spec.max_episode_steps
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not np.isfinite([box.low, box.high]).all() or not limit:
         raise ValueError("it must have a finite action space Box(A,) and max_episode_steps")
@@ -184,7 +185,7 @@ def make_env(env_id: str, **options: Any) -> gym.Env:
 def load_agent(args: Args) -> Agent:
     """Find out a task's sizes and lay out the devices. Exits with code 2 if the task can't be made."""
     try:
-        env = make_env(args.env_id, render_mode="rgb_array" if args.capture_video else None)
+        env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
     except Exception as error:  # whatever a simulator or its missing parts raise
         fail(f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]})")
     sizes = env.observation_space.shape[0], env.action_space.shape[0], env.spec.max_episode_steps
@@ -228,14 +229,14 @@ def requests(pipe: Any, slots: np.ndarray, rows: range, draw: Callable) -> Itera
         yield from ((i, seeds, spread) for i in rows if slots["active"][i])
         pipe.send(draw())
 
-def work(pipe: Any, memory: Any, task: Task, rows: range, env_id: str, options: dict) -> None:
+def work(pipe: Any, memory: Any, task: Task, rows: range, env_id: str, render_mode: str | None) -> None:
     """A worker process: resets or steps the environments `rows` until the pipe closes; tells the learner what goes wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the learner decides
     faulthandler.register(signal.SIGUSR1)  # how the learner asks where a worker hangs
     slots, i = np.frombuffer(memory, slot_type(task)), rows[0]
     try:
-        envs = {i: make_env(env_id, **(options if i == 0 else {})) for i in rows}
-        draw = envs[0].render if 0 in rows and options else lambda: None
+        envs = {i: make_env(env_id, render_mode if i == 0 else None) for i in rows}
+        draw = envs[0].render if 0 in rows and render_mode else lambda: None
         for i, seeds, spread in requests(pipe, slots, rows, draw):
             reset_slot(envs[i], slots[i], seeds[i], spread) if seeds else step_slot(envs[i], slots[i])
     except (EOFError, ConnectionError):
@@ -248,13 +249,13 @@ class WorkerError(RuntimeError):
 
 class Simulators:
     """E environments, a slice in each of several worker processes; they share `slots` (E,), of `slot_type`."""
-    def __init__(self, env_id: str, task: Task, num_envs: int, num_workers: int, **options: Any):
+    def __init__(self, env_id: str, task: Task, num_envs: int, num_workers: int, render_mode: str | None = None):
         context, self.workers = multiprocessing.get_context("forkserver"), {}
         memory = context.RawArray("b", num_envs * slot_type(task).itemsize)
         self.slots = np.frombuffer(memory, slot_type(task))
         for part in np.array_split(np.arange(num_envs), min(num_workers, num_envs)):
             rows, (pipe, other_end) = range(part[0], part[-1] + 1), context.Pipe()
-            worker = context.Process(target=work, args=(other_end, memory, task, rows, env_id, options), daemon=True)
+            worker = context.Process(target=work, args=(other_end, memory, task, rows, env_id, render_mode), daemon=True)
             worker.start()
             other_end.close()
             self.workers[f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}"] = worker, pipe
@@ -749,9 +750,9 @@ def main() -> None:
     agent, began = load_agent(args), time.perf_counter()
     state, *programs = compile_programs(agent, saved)
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    options, code = {"render_mode": "rgb_array"} if args.capture_video else {}, 0
+    render_mode, code = "rgb_array" if args.capture_video else None, 0
     try:
-        envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, **options)
+        envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, render_mode)
         if args.evaluate:
             print(json.dumps(play(agent, programs[-1], envs, state, args.evaluate)))
         else:
