@@ -1,6 +1,6 @@
 """Does every task run? Two tiny iterations, an evaluation and a checkpoint of each of the tasks that a script knows.
 
-    python benchmark/all_tasks.py [--script trudi_mjx] [--tasks CheetahRun HopperHop] [--flags "--impl warp"]
+    python benchmark/all_tasks.py [--script trudi_mjx] [--tasks CheetahRun HopperHop] [--flags="--impl warp"]
 
 Each task is a process `python SCRIPT.py --env-id TASK` with networks and batches too small to learn, so its return says only
 that an evaluation took place. A failure is reported and the next task follows. Sizes are read from the run's checkpoint.
