@@ -1,18 +1,16 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flax>=0.12", "gymnasium[mujoco]>=1.0", "imageio-ffmpeg>=0.5", "jax>=0.10", "optax>=0.2.5",
-#                 "orbax-checkpoint>=0.11.20", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tqdm>=4.66", "tyro>=1.0",
-#                 "wandb>=0.19.10"]
+#       "orbax-checkpoint>=0.11.20", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
 # ///
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on HumanoidBench and Gymnasium, in one file.
 
     python trudi_humanoidbench.py --env-id h1hand-walk-v0             # the paper's settings
     python trudi_humanoidbench.py --env-id Hopper-v5 --preset cpu     # a learning curve in minutes on two CPU cores
 
-The simulators run in worker processes, the learner is that of trudi_mjx.py, function by function. `# Eq. 181` marks where an
-equation of the paper is computed; README.md has their table and the paper's errata, E1 to E18. Axes: T steps of a rollout,
-E environments, B states of a batch, N denoising steps, O entries of an observation, A action dimensions. Latent actions go
-from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order."""
+Worker processes simulate; the learner is that of trudi_mjx.py. `# Eq. 181` marks where an equation of the paper is computed;
+README.md has their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E environments, B states of a batch, N
+denoising steps (n = 1 ... N in order, latent actions from a^N, noise, to a^0), A action dimensions."""
 
 import contextlib
 import dataclasses
@@ -34,7 +32,6 @@ import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata, util
-from multiprocessing import forkserver
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -55,19 +52,17 @@ TASKS = [f"h1hand-{name}-v0" for name in (
     "kitchen").split()]
 SUITE = {"humanoidbench": dict(gamma=0.99, v_min=-250.0, v_max=250.0),  # Table 5
          "gymnasium": dict(gamma=0.99, v_min=-500.0, v_max=500.0)}
-PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
-    "paper": dict(total_timesteps=50_000_000, num_envs=128, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=256,
-                  actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=32,
-                  eval_interval=100, checkpoint_interval=20, target_entropy_scale=0.665),
-    "cpu": dict(total_timesteps=1_000_000, num_envs=32, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
-                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=32,
-                eval_interval=40, checkpoint_interval=40, target_entropy_scale=0.665)}
+PAPER = dict(total_timesteps=50_000_000, num_envs=128, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=256,
+             actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=32, eval_interval=100,
+             checkpoint_interval=20, target_entropy_scale=0.665)  # Table 5
+PRESET = {"paper": PAPER, "cpu": PAPER | dict(  # sizes measured on two cores, see README.md
+    total_timesteps=1_000_000, num_envs=32, num_steps=64, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
+    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=40, checkpoint_interval=40)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
 INITIAL_DUAL, PRIOR_LOGITS = 0.01, 40.0  # alpha and lambda at the start; scale of the critic's bias, so that Q starts near 0
 PATIENCE = 300.0  # seconds after which a worker counts as hanging; HumanoidBench takes a while to load
-PRELOAD = ["flax.nnx", "optax", "orbax.checkpoint", "tensorboardX", "tyro", "gymnasium"]  # shared by all workers' memory
 SCRIPT = pathlib.Path(__file__).stem
 # ------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +95,7 @@ class Args:
     # The flags from here on may differ when a run is continued or evaluated.
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to learn; gpu fails where there is none
     num_devices: int = 1  # local devices over which states are sharded
-    num_workers: int | None = None  # processes that step the environments; default: one for each core
+    num_workers: int = len(os.sched_getaffinity(0))  # processes that step the environments; by default one a core
     compilation_cache_dir: str = "~/.cache/trudi_jax"  # compiled programs are kept here between runs; empty: nowhere
     total_timesteps: int | None = None  # environment steps, over all environments
     eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"  # probability-flow ODE, a sample, or the best of K by Q
@@ -125,26 +120,23 @@ def fail(message: str) -> None:
 
 def resolve(args: Args) -> Args:
     """Fill in what depends on suite, preset and machine; exit with code 2 on what cannot run."""
-    module = "humanoid_bench" if args.env_id in TASKS else args.env_id.rpartition(":")[0]
-    if not module and args.env_id not in gym.registry:
+    if ":" not in args.env_id and args.env_id not in [*TASKS, *gym.registry]:
         near = difflib.get_close_matches(args.env_id, [*TASKS, *gym.registry], 3, 0.4) or TASKS[:3]
         fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
-    if module and not util.find_spec(module.split(".")[0]):
+    module = "humanoid_bench" if args.env_id in TASKS else args.env_id.rpartition(":")[0] or "gymnasium"
+    if not util.find_spec(module.split(".")[0]):
         fail(f"--env-id {args.env_id} needs the module {module}, which is neither installed nor on PYTHONPATH" + (
             "; git clone https://github.com/carlosferrazza/humanoid-bench && pip install --no-deps -e ./humanoid-bench && "
             "pip install mujoco==3.1.6 dm_control==1.0.20 torch opencv-python natsort" if args.env_id in TASKS else ""))
-    if args.capture_video:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    multiprocessing.set_forkserver_preload([*PRELOAD, module] if module else PRELOAD)
-    forkserver.ensure_running()  # workers are forked from a process that JAX's threads are never in
+    multiprocessing.set_forkserver_preload(["flax.nnx", "optax", "orbax.checkpoint", "tensorboardX", "tyro", module])
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
         devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
     except RuntimeError as error:
         fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
-    defaults = SUITE["humanoidbench" if args.env_id in TASKS else "gymnasium"] | {"num_workers": len(os.sched_getaffinity(0))}
-    values = defaults | PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
+    values = SUITE["humanoidbench" if args.env_id in TASKS else "gymnasium"] | PRESET[args.preset]
+    values |= {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
     args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
@@ -169,18 +161,15 @@ Task = namedtuple("Task", "observation_size action_size time_limit success_bar f
 # A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
 # that acted (N, A), rewards, how episodes ended, true next observations.
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation")
-
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit."""
     name = f"humanoid_bench:{env_id}" if env_id in TASKS else env_id
-    env = gym.make(name, render_mode=render_mode, disable_env_checker=True)
-    box, limit = env.action_space, env.spec.max_episode_steps
-    if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not np.isfinite([box.low, box.high]).all() or not limit:
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(name, render_mode=render_mode, disable_env_checker=True))
+    box, one = env.action_space, np.ones(env.action_space.shape, np.float32)
+    if not isinstance(box, gym.spaces.Box) or box.low.ndim != 1 or not box.is_bounded() or not env.spec.max_episode_steps:
         raise ValueError("it must have a finite action space Box(A,) and max_episode_steps")
-    one = np.ones_like(box.high)
-    env = gym.wrappers.RescaleAction(env, -one, one) if np.any(box.low != -one) or np.any(box.high != one) else env
-    env = env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    env = env if np.all(box.low == -one) and np.all(box.high == one) else gym.wrappers.RescaleAction(env, -one, one)
+    return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 def load_agent(args: Args) -> Agent:
     """Find out a task's sizes and lay out the devices. Exits with code 2 if the task can't be made."""
@@ -188,28 +177,18 @@ def load_agent(args: Args) -> Agent:
         env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
     except Exception as error:  # whatever a simulator or its missing parts raise
         fail(f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]})")
-    sizes = env.observation_space.shape[0], env.action_space.shape[0], env.spec.max_episode_steps
-    bar = getattr(getattr(env.unwrapped, "task", None), "success_bar", None)
-    task = Task(*sizes, bar, env.metadata.get("render_fps", 30))
-    env.close()
+    sizes, bar = (env.observation_space.shape[0], env.action_space.shape[0]), getattr(env.unwrapped, "task", None)
+    task = Task(*sizes, env.spec.max_episode_steps, getattr(bar, "success_bar", None), env.metadata.get("render_fps", 30))
     return Agent(args, task, jax.sharding.Mesh(jax.local_devices()[:args.num_devices], ("env",)))
 
-def slot_type(task: Task) -> np.dtype:
-    """What learner and workers share of an environment; total and length are of its last episode that ended."""
-    observation, number, flag = ("f4", task.observation_size), ("f4",), ("?",)
-    return np.dtype([("action", "f4", task.action_size), ("active", *flag), ("observation", *observation), ("reward", *number),
-                     ("terminated", *flag), ("truncated", *flag), ("next_observation", *observation), ("success", *number),
-                     ("total", *number), ("length", *number)])
-
-def reset_slot(env: gym.Env, slot: np.void, seed: int, spread: bool) -> None:
+def reset_slot(env: gym.Env, slot: np.void) -> None:
     """Start an environment; `spread` starts its clock anywhere in an episode, so that time-outs do not coincide."""
+    seed = int(slot["seed"])
     random.seed(seed)
     np.random.seed(seed)  # some of HumanoidBench's goals come from the process's global generator
     slot["observation"], _ = env.reset(seed=seed)
-    while spread and not isinstance(env, gym.wrappers.TimeLimit):
-        env = env.env
-    if spread:
-        env._elapsed_steps = int(np.random.default_rng(seed).integers(env.spec.max_episode_steps))
+    if slot["spread"]:
+        env.set_wrapper_attr("_elapsed_steps", int(np.random.default_rng(seed).integers(env.spec.max_episode_steps)))
 
 def step_slot(env: gym.Env, slot: np.void) -> None:
     """Step an environment and, at its episode's end, reset it; the true next observation stays beside the one to act on."""
@@ -221,82 +200,74 @@ def step_slot(env: gym.Env, slot: np.void) -> None:
         observation, _ = env.reset()
     slot["observation"] = observation
 
-def requests(pipe: Any, slots: np.ndarray, rows: range, draw: Callable) -> Iterator[tuple]:
-    """What a worker has to do next, (environment, seeds or None, spread); answers the learner with `draw()` when it is done."""
-    pipe.send(None)
-    while True:
-        seeds, spread = pipe.recv()
-        yield from ((i, seeds, spread) for i in rows if slots["active"][i])
-        pipe.send(draw())
-
-def work(pipe: Any, memory: Any, task: Task, rows: range, env_id: str, render_mode: str | None) -> None:
+def work(pipe: Any, memory: Any, slot_type: np.dtype, rows: list[int], env_id: str, render_mode: str | None) -> None:
     """A worker process: resets or steps the environments `rows` until the pipe closes; tells the learner what goes wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the learner decides
-    faulthandler.register(signal.SIGUSR1)  # how the learner asks where a worker hangs
-    slots, i = np.frombuffer(memory, slot_type(task)), rows[0]
+    faulthandler.enable()  # says where a simulator crashed, or hangs, of which the learner makes a SIGABRT
+    slots, i = np.frombuffer(memory, slot_type), rows[0]
+    def requests() -> Iterator[tuple[bool, int]]:
+        while True:
+            start = pipe.recv()
+            yield from ((start, i) for i in rows if slots["active"][i])
+            pipe.send(envs[0].render() if 0 in rows and render_mode else None)
     try:
         envs = {i: make_env(env_id, render_mode if i == 0 else None) for i in rows}
-        draw = envs[0].render if 0 in rows and render_mode else lambda: None
-        for i, seeds, spread in requests(pipe, slots, rows, draw):
-            reset_slot(envs[i], slots[i], seeds[i], spread) if seeds else step_slot(envs[i], slots[i])
+        for start, i in requests():
+            reset_slot(envs[i], slots[i]) if start else step_slot(envs[i], slots[i])
     except (EOFError, ConnectionError):
         return  # the learner has gone
     except Exception:
         pipe.send(f"environment {i} of {env_id} raised\n{traceback.format_exc()}")
 
-class WorkerError(RuntimeError):
-    """A worker process died or hangs, or one of its environments raised an exception."""
-
 class Simulators:
-    """E environments, a slice in each of several worker processes; they share `slots` (E,), of `slot_type`."""
+    """E environments, a slice in each of several worker processes; they share `slots` (E,), what is asked and comes of each."""
     def __init__(self, env_id: str, task: Task, num_envs: int, num_workers: int, render_mode: str | None = None):
+        vectors = {"action": task.action_size} | dict.fromkeys(("observation", "next_observation"), task.observation_size)
+        scalars = {"f4": "reward success total length", "u4": "seed", "?": "active spread terminated truncated"}
+        slot_type = np.dtype([(name, "f4", size) for name, size in vectors.items()] + [
+            (name, kind) for kind, names in scalars.items() for name in names.split()], align=True)
         context, self.workers = multiprocessing.get_context("forkserver"), {}
-        memory = context.RawArray("b", num_envs * slot_type(task).itemsize)
-        self.slots = np.frombuffer(memory, slot_type(task))
-        for part in np.array_split(np.arange(num_envs), min(num_workers, num_envs)):
-            rows, (pipe, other_end) = range(part[0], part[-1] + 1), context.Pipe()
-            worker = context.Process(target=work, args=(other_end, memory, task, rows, env_id, render_mode), daemon=True)
+        memory = context.RawArray("b", num_envs * slot_type.itemsize)
+        self.slots = np.frombuffer(memory, slot_type)
+        for part in np.array_split(range(num_envs), min(num_workers, num_envs)):
+            rows, (pipe, other_end) = part.tolist(), context.Pipe()
+            worker = context.Process(target=work, args=(other_end, memory, slot_type, rows, env_id, render_mode), daemon=True)
             worker.start()
             other_end.close()
             self.workers[f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}"] = worker, pipe
-        self.wait()
-    def wait(self) -> None:
-        """Wait until every worker has answered; raises WorkerError. `frame` is the first one's answer, (H, W, 3) or None."""
+    def request(self, start: bool) -> None:
+        """Have the active environments started or stepped; `frame` is then the first one's picture (H, W, 3), or None."""
+        for _, pipe in self.workers.values():
+            with contextlib.suppress(ConnectionError):  # of a dead worker, as its answer will tell
+                pipe.send(start)
         answers = [self.answer(name, *both) for name, both in self.workers.items()]
         if problems := [x for x in answers if isinstance(x, str)]:
             self.close()
-            raise WorkerError(problems[0])
+            raise RuntimeError(problems[0])
         self.frame = answers[0]
     def answer(self, name: str, worker: Any, pipe: Any) -> Any:
         """A worker's answer, or what is wrong with it."""
-        try:
+        problem = "died"
+        with contextlib.suppress(EOFError, ConnectionError):
             if pipe.poll(PATIENCE):
                 return pipe.recv()
-            os.kill(worker.pid, signal.SIGUSR1)
-            worker.join(1)
-            return f"{name} has not answered for {PATIENCE:.0f} s; it is where the lines above say"
-        except (EOFError, ConnectionError):
-            worker.join(5)
-            return f"{name} died with exit code {worker.exitcode}"
-    def send(self, *message: Any) -> None:
-        """Send every worker a message and wait; raises WorkerError."""
-        for _, pipe in self.workers.values():
-            with contextlib.suppress(ConnectionError):  # of a dead worker, as waiting for it will tell
-                pipe.send(message)
-        self.wait()
+            os.kill(worker.pid, signal.SIGABRT)
+            problem = f"has not answered for {PATIENCE:.0f} s and ended where the lines above say,"
+        worker.join(5)
+        return f"{name} {problem} with exit code {worker.exitcode}"
     def reset(self, *numbers: int, spread: bool = False) -> None:
         """Start all environments, with seeds that are made of these numbers; see reset_slot for `spread`."""
-        self.slots["active"] = True
-        self.send(np.random.SeedSequence(numbers).generate_state(len(self.slots)).tolist(), spread)
+        self.slots["active"], self.slots["spread"] = True, spread
+        self.slots["seed"] = np.random.SeedSequence(numbers).generate_state(len(self.slots))
+        self.request(start=True)
     def step(self, action: Array) -> np.ndarray:
         """Step the active environments with actions (E, A); returns the slots, which the next step overwrites."""
         self.slots["action"] = action
-        self.send(None, False)
+        self.request(start=False)
         return self.slots
     def close(self) -> None:
         """End the workers."""
-        for worker, pipe in self.workers.values():
-            pipe.close()
+        for worker, _ in self.workers.values():
             worker.terminate()
             worker.join()
 
@@ -475,7 +446,6 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: Array, key: Array)
     return learner, jax.tree.map(lambda x: x[-len(order) // args.num_epochs:].mean(), metrics)
 # ---------------------------------------------------------------------------------------- iteration and evaluation
 TrainState = namedtuple("TrainState", "learner statistics key iteration")  # everything that a checkpoint holds
-
 def new_state(agent: Agent, key: Array) -> TrainState:
     """Networks, duals, Adam and statistics from the seed's key."""
     actor_key, critic_key, key = jax.random.split(key, 3)
@@ -492,27 +462,26 @@ def sample_policy(agent: Agent, actor: Actor, observation: Array, key: Array) ->
     return sample_chain(actor, observation, jax.random.normal(key, shape))
 
 def act(agent: Agent, actor: Actor, statistics: Statistics, observation: Array, key: Array) -> tuple[Array, Array, Array]:
-    """What the rollout keeps of chains at raw observations: actions for the simulator, latents and means."""
+    """What a rollout keeps of chains at raw observations: actions for the simulator, latents and means."""
     chain = sample_policy(agent, actor, normalize(statistics, observation), key)
     return jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT), chain.latents, chain.means
 
 def collect(agent: Agent, act: Callable, envs: Simulators, state: TrainState) -> tuple[Transition, dict[str, np.ndarray]]:
     """A rollout of T steps with samples of the policy, and the mean return and length of the episodes seen whole."""
-    shape, rows = (agent.args.num_steps, agent.args.num_envs), []
-    ended, total, length = np.zeros(shape, bool), np.zeros(shape), np.zeros(shape)
-    keys = jax.random.split(jax.random.split(state.key, 5)[0], agent.args.num_steps)
-    for t, key in enumerate(np.asarray(keys)):
+    rows = []
+    for key in np.asarray(jax.random.split(jax.random.split(state.key, 5)[0], agent.args.num_steps)):
         observation = envs.slots["observation"].copy()
         choice = act(state.learner.actor, state.statistics, observation, key)
-        slots = envs.step(choice[0])
-        rows.append((observation, *choice, *(slots[name].copy() for name in Transition._fields[4:])))
-        total[t], length[t] = slots["total"], slots["length"]
-        # First episodes start with their clocks advanced: those that these cut off are left out.
-        ended[t] = slots["terminated"] | (slots["truncated"] & (length[t] == agent.env.time_limit))
-    data = Transition(*(jnp.stack(x) for x in zip(*rows, strict=True)))
+        rows.append((observation, *choice, envs.step(choice[0]).copy()))
+    *before, after = zip(*rows, strict=True)
+    after = np.stack(after)
+    # First episodes start with their clocks advanced: those that these cut off are left out.
+    ended = after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))
     episodes = {"charts/episodes": ended.sum()}
     if ended.any():  # else the rollout has no mean return
-        episodes |= {f"charts/episodic_{name}": x.mean(where=ended) for name, x in (("return", total), ("length", length))}
+        episodes |= {f"charts/episodic_{name}": after[field].astype(float).mean(where=ended)
+                     for name, field in (("return", "total"), ("length", "length"))}
+    data = Transition(*map(jnp.stack, before), *(after[name] for name in Transition._fields[4:]))
     return jax.device_put(data, NamedSharding(agent.mesh, P(None, "env"))), episodes
 
 def critic_targets(agent: Agent, learner: Learner, data: Transition, next_seen: tuple[Array, Array], key: Array) -> Array:
@@ -567,15 +536,13 @@ def decide(agent: Agent, learner: Learner, statistics: Statistics, observation: 
     return jnp.clip(evaluation_action(agent, learner, (seen, seen), key), -ACTION_LIMIT, ACTION_LIMIT)
 
 def play(agent: Agent, decide: Callable, envs: Simulators, state: TrainState, folder: str | pathlib.Path) -> dict[str, float]:
-    """Play an episode in each of --num-eval-envs environments of its own; returns metrics. With --capture-video, writes the
-    first one's to an mp4."""
+    """An episode in each of --num-eval-envs environments: metrics and, with --capture-video, an mp4 of the first one's."""
     iteration, slots, frames, success = int(state.iteration), envs.slots, [], np.full(len(envs.slots), np.nan)
     envs.reset(agent.args.seed, iteration, 1)
-    # Training never folds in so large a number.
-    keys = iter(np.asarray(jax.random.split(jax.random.fold_in(state.key, 2**31), agent.env.time_limit)))
-    while slots["active"].any():
+    keys = jax.random.split(jax.random.fold_in(state.key, 2**31), agent.env.time_limit)  # training folds in no such number
+    for key in itertools.takewhile(lambda _: slots["active"].any(), np.asarray(keys)):
         frames += [envs.frame] if slots["active"][0] and agent.args.capture_video else []
-        envs.step(decide(state.learner, state.statistics, slots["observation"].copy(), next(keys)))
+        envs.step(decide(state.learner, state.statistics, slots["observation"].copy(), key))
         success = np.fmax(success, slots["success"])
         slots["active"] &= ~(slots["terminated"] | slots["truncated"])
     if frames:
@@ -583,11 +550,10 @@ def play(agent: Agent, decide: Callable, envs: Simulators, state: TrainState, fo
         path.parent.mkdir(exist_ok=True)
         import_module("imageio").mimsave(path, frames, fps=agent.env.fps)
     total, bar = slots["total"], agent.env.success_bar
-    metrics = {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
-               "eval/episodic_length": slots["length"].mean()}
+    metrics = {"episodic_return": total.mean(), "episodic_return_std": total.std(), "episodic_length": slots["length"].mean()}
     if bar is not None:
-        metrics |= {"eval/success_bar": bar, "eval/success": np.where(np.isnan(success), total >= bar, success > 0).mean()}
-    return {name: float(x) for name, x in metrics.items()}
+        metrics |= {"success_bar": bar, "success": np.where(np.isnan(success), total >= bar, success > 0).mean()}
+    return {f"eval/{name}": float(x) for name, x in metrics.items()}
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
     """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
@@ -679,52 +645,68 @@ def parse() -> tuple[Args, dict[str, Any]]:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
     return resolve(args), read_checkpoint(run)
 
-def compile_programs(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Callable, Callable, Callable]:
+def compile_programs(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any, Any]:
     """The training state, new or a checkpoint's, and `act`, `update` and `decide`, compiled."""
     args, whole, split = agent.args, NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
     init, key = functools.partial(new_state, agent), jax.random.PRNGKey(args.seed)
     state = fill_state(jax.eval_shape(init, key), saved["state"]) if saved else jax.jit(init)(key)
     state = jax.device_put(state, whole)
-    def observations(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, agent.env.observation_size), jnp.float32, sharding=split)
-    actions = jax.jit(functools.partial(decide, agent), out_shardings=whole)
-    actions = actions.lower(state.learner, state.statistics, observations(args.num_eval_envs), key).compile()
+    def like(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+    choose = jax.jit(functools.partial(decide, agent), out_shardings=whole)
+    observation = like(args.num_eval_envs, agent.env.observation_size)
+    choose = choose.lower(state.learner, state.statistics, observation, key).compile()
     if args.evaluate:
-        return state, None, None, actions
-    inputs = state.learner.actor, state.statistics, observations(args.num_envs), key
-    sample = jax.jit(functools.partial(act, agent), out_shardings=split).lower(*inputs).compile()
-    number, flag = (jax.ShapeDtypeStruct((args.num_envs,), kind) for kind in (jnp.float32, bool))
-    step = Transition(inputs[2], *jax.eval_shape(functools.partial(act, agent), *inputs), number, flag, flag, inputs[2])
+        return state, None, None, choose
+    observation, flag = like(args.num_envs, agent.env.observation_size), like(args.num_envs, dtype=bool)
+    sample = jax.jit(functools.partial(act, agent), out_shardings=split)
+    sample = sample.lower(state.learner.actor, state.statistics, observation, key)
+    step = Transition(observation, *sample.out_info, like(args.num_envs), flag, flag, observation)
     over_time = NamedSharding(agent.mesh, P(None, "env"))
     data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((args.num_steps, *x.shape), x.dtype, sharding=over_time), step)
     learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0)
-    return state, sample, learn_from.lower(state, data).compile(), actions
+    return state, sample.compile(), learn_from.lower(state, data).compile(), choose
 
-def train_agent(agent: Agent, programs: list[Callable], state: TrainState, eval_envs: Simulators, wall_time: float) -> int:
-    """The training loop; returns the process's exit code."""
-    args, done, received, (act, update, decide) = agent.args, int(state.iteration), [], programs
+def main() -> None:
+    """Parse, start the simulators, compile, then train, resume or evaluate."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
+    args, saved = parse()
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir) or None)
+    if args.capture_video:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        check_renderer()
+    print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
+    agent, render_mode, received = load_agent(args), "rgb_array" if args.capture_video else None, []
+    eval_envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, render_mode)
+    began = time.perf_counter()
+    state, act, update, decide = compile_programs(agent, saved)
+    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    if args.evaluate:
+        print(json.dumps(play(agent, decide, eval_envs, state, args.evaluate)))
+        return
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+    done = int(state.iteration)
     envs = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers)
     envs.reset(args.seed, done, 0, spread=True)
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     open_run(folder, args)
     log = open_log(folder, done * args.batch_size)
     bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
-    started, code = time.perf_counter() - wall_time, 0
+    started, code = time.perf_counter() - float(saved.get("wall_time", 0.0)), 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
         data, episodes = collect(agent, act, envs, state)
         state, metrics = update(state, data)
         metrics = {name: float(x) for name, x in (jax.device_get(metrics) | episodes).items()}
-        done, step = done + 1, (done + 1) * args.batch_size
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
+        done, step = done + 1, (done + 1) * args.batch_size
         finite = all(np.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
             metrics |= play(agent, decide, eval_envs, state, folder)
-            eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+            minutes = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
             bar.write(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.1f}  "
-                      f"ETA {eta:.1f} min")
+                      f"ETA {minutes:.1f} min")
             sys.stdout.flush()
         log(step, time.perf_counter() - started, metrics)
         bar.update()
@@ -734,33 +716,7 @@ def train_agent(agent: Agent, programs: list[Callable], state: TrainState, eval_
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
     bar.close()
-    envs.close()
     print(folder)
-    return code
-
-def main() -> None:
-    """Parse, compile, start the simulators, then train, resume or evaluate."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
-    args, saved = parse()
-    if args.compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
-    if args.capture_video:
-        check_renderer()
-    print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
-    agent, began = load_agent(args), time.perf_counter()
-    state, *programs = compile_programs(agent, saved)
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    render_mode, code = "rgb_array" if args.capture_video else None, 0
-    try:
-        envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, render_mode)
-        if args.evaluate:
-            print(json.dumps(play(agent, programs[-1], envs, state, args.evaluate)))
-        else:
-            code = train_agent(agent, programs, state, envs, float(saved.get("wall_time", 0.0)))
-        envs.close()
-    except WorkerError as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
-        code = 1
     sys.exit(code)
 
 if __name__ == "__main__":
