@@ -56,8 +56,8 @@ PAPER = dict(total_timesteps=50_000_000, num_envs=128, num_steps=128, num_epochs
              actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=32, eval_interval=100,
              checkpoint_interval=20, target_entropy_scale=0.665)  # Table 5
 PRESET = {"paper": PAPER, "cpu": PAPER | dict(  # sizes measured on two cores, see README.md
-    total_timesteps=1_000_000, num_envs=32, num_steps=64, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
-    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=40, checkpoint_interval=40)}
+    total_timesteps=1_000_000, num_envs=64, num_steps=64, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
+    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=20, checkpoint_interval=20)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
