@@ -200,14 +200,18 @@ def step_slot(env: gym.Env, slot: np.void) -> None:
         observation, _ = env.reset()
     slot["observation"] = observation
 
-def work(pipe: Any, memory: Any, slot_type: np.dtype, rows: list[int], env_id: str, render_mode: str | None) -> None:
+def work(pipe: Any, memory: Any, slot_type: np.dtype, rows: list[int], env_id: str, render_mode: str | None, patience: float
+         ) -> None:
     """A worker process: resets or steps the environments `rows` until the pipe closes; tells the learner what goes wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the learner decides
-    faulthandler.enable()  # says where a simulator crashed, or hangs, of which the learner makes a SIGABRT
+    faulthandler.enable()  # says where a simulator crashed
+    faulthandler.dump_traceback_later(patience, exit=True)  # says where it hangs, and ends the worker
     slots, i = np.frombuffer(memory, slot_type), rows[0]
     def requests() -> Iterator[tuple[bool, int]]:
         while True:
+            faulthandler.cancel_dump_traceback_later()
             start = pipe.recv()
+            faulthandler.dump_traceback_later(patience, exit=True)
             yield from ((start, i) for i in rows if slots["active"][i])
             pipe.send(envs[0].render() if 0 in rows and render_mode else None)
     try:
@@ -231,7 +235,8 @@ class Simulators:
         self.slots = np.frombuffer(memory, slot_type)
         for part in np.array_split(range(num_envs), min(num_workers, num_envs)):
             rows, (pipe, other_end) = part.tolist(), context.Pipe()
-            worker = context.Process(target=work, args=(other_end, memory, slot_type, rows, env_id, render_mode), daemon=True)
+            worker = context.Process(target=work, daemon=True, args=(
+                other_end, memory, slot_type, rows, env_id, render_mode, PATIENCE))
             worker.start()
             other_end.close()
             self.workers[f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}"] = worker, pipe
@@ -247,14 +252,11 @@ class Simulators:
         self.frame = answers[0]
     def answer(self, name: str, worker: Any, pipe: Any) -> Any:
         """A worker's answer, or what is wrong with it."""
-        problem = "died"
-        with contextlib.suppress(EOFError, ConnectionError):
-            if pipe.poll(PATIENCE):
-                return pipe.recv()
-            os.kill(worker.pid, signal.SIGABRT)
-            problem = f"has not answered for {PATIENCE:.0f} s and ended where the lines above say,"
-        worker.join(5)
-        return f"{name} {problem} with exit code {worker.exitcode}"
+        try:
+            return pipe.recv()
+        except (EOFError, ConnectionError):
+            worker.join(5)
+            return f"{name} died with exit code {worker.exitcode}; if it crashed or hung, the lines above say where"
     def reset(self, *numbers: int, spread: bool = False) -> None:
         """Start all environments, with seeds that are made of these numbers; see reset_slot for `spread`."""
         self.slots["active"], self.slots["spread"] = True, spread
