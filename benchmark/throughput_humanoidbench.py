@@ -2,10 +2,11 @@
 
     python benchmark/throughput_humanoidbench.py --env-id h1hand-walk-v0 --num-envs 16 --num-workers 2
 
-Every round steps, one after the other and for as many seconds each: one environment in this process; --num-envs environments in
---num-workers processes of trudi_humanoidbench.Simulators; as many in Gymnasium's AsyncVectorEnv, which has a process for each.
-Actions are uniformly random, episodes start anew as they end. A round's ratios compare what ran within a minute, whatever else
-the machine did; reported are medians over rounds. The learner's share is this process's CPU time for each environment step.
+One vector after the other is started: --num-envs environments in --num-workers processes of trudi_humanoidbench.Simulators, then as
+many in Gymnasium's AsyncVectorEnv, which has a process for each. Every round steps one environment in this process and then the
+vector, for as many seconds each, so that a round's ratio compares what ran within half a minute, whatever else the machine did;
+reported are medians over rounds. Actions are uniformly random, episodes start anew as they end. The learner's share is this
+process's CPU time for each environment step.
 Results go to benchmark/results/throughput_{env}_cpu.json and, as a table, to stdout.
 """
 
@@ -72,26 +73,21 @@ def main() -> None:
     """Measure and report."""
     options = tyro.cli(Options)
     task = trudi.load_agent(trudi.resolve(trudi.Args(env_id=options.env_id, device="cpu"))).env
-    workers, async_vector = ours(options, task), gymnasiums(options, task.action_size)
-    ways = {"one environment, one process": (single(options, task.action_size), 1),
-            f"{options.num_envs} environments, {options.num_workers} workers": (workers[0], options.num_envs),
-            f"{options.num_envs} environments, AsyncVectorEnv": (async_vector[0], options.num_envs)}
-    rounds = [{name: rate(*way, options.seconds) for name, way in ways.items()} for _ in range(options.rounds)]
-    workers[1].close()
-    async_vector[1].close()
-    one = next(iter(ways))
-    rows, summary = [], {}
-    for name in ways:
-        speed = [x[name]["steps_per_second"] for x in rounds]
-        ratio = [x[name]["steps_per_second"] / x[one]["steps_per_second"] for x in rounds]
-        cpu = np.median([x[name]["cpu_per_step"] for x in rounds])
-        summary[name] = {"steps_per_second": np.median(speed), "ratio": np.median(ratio), "cpu_per_step": cpu}
-        rows.append((name, f"{np.median(speed):,.0f}", f"{min(speed):,.0f} to {max(speed):,.0f}", f"{np.median(ratio):.2f}",
-                     f"{1e6 * cpu:.0f}"))
+    one, rows, results = single(options, task.action_size), [], {}
+    names = {f"{options.num_workers} workers": lambda: ours(options, task),
+             "AsyncVectorEnv": lambda: gymnasiums(options, task.action_size)}
+    for name, start in names.items():
+        step, envs = start()
+        rounds = [(rate(one, 1, options.seconds), rate(step, options.num_envs, options.seconds)) for _ in range(options.rounds)]
+        envs.close()
+        alone, both = ([x[k]["steps_per_second"] for x in rounds] for k in (0, 1))
+        ratio, cpu = np.median(np.divide(both, alone)), np.median([x[1]["cpu_per_step"] for x in rounds])
+        results[name] = {"alone": alone, "steps_per_second": both, "median_ratio": ratio, "cpu_per_step": cpu}
+        rows.append((f"{options.num_envs} environments, {name}", f"{np.median(both):,.0f}", f"{np.median(alone):,.0f}",
+                     f"{ratio:.2f}", f"{1e6 * cpu:.0f}"))
     path = pathlib.Path(options.output or RESULTS / f"throughput_{options.env_id}_cpu.json")
-    write_json(path, {"options": vars(options) | {"output": None}, "summary": summary, "rounds": rounds})
-    header = (f"{options.env_id}, {cpu_name()}", "steps/s (median)", "slowest to fastest", "ratio to one environment",
-              "this process's CPU (µs/step)")
+    write_json(path, {"options": vars(options) | {"output": None}, "results": results})
+    header = (f"{options.env_id}, {cpu_name()}", "steps/s", "one environment, one process", "ratio", "this process's CPU (µs/step)")
     print(markdown_table(header, rows))
 
 if __name__ == "__main__":
