@@ -2,8 +2,8 @@
 
     python benchmark/throughput_humanoidbench.py --env-id h1hand-walk-v0 --num-envs 16 --num-workers 2
 
-One vector after the other is started: --num-envs environments in --num-workers processes of trudi_humanoidbench.Simulators, then as
-many in Gymnasium's AsyncVectorEnv, which has a process for each. Every round steps one environment in this process and then the
+One vector after the other is started: --num-envs environments in --num-workers processes of trudi_humanoidbench.Simulators, then
+as many in Gymnasium's AsyncVectorEnv, which has a process for each. Every round steps one environment in this process and then the
 vector, for as many seconds each, so that a round's ratio compares what ran within half a minute, whatever else the machine did;
 reported are medians over rounds. Actions are uniformly random, episodes start anew as they end. The learner's share is this
 process's CPU time for each environment step.
@@ -87,7 +87,7 @@ def main() -> None:
                      f"{ratio:.2f}", f"{1e6 * cpu:.0f}"))
     path = pathlib.Path(options.output or RESULTS / f"throughput_{options.env_id}_cpu.json")
     write_json(path, {"options": vars(options) | {"output": None}, "results": results})
-    header = (f"{options.env_id}, {cpu_name()}", "steps/s", "one environment, one process", "ratio", "this process's CPU (µs/step)")
+    header = (f"{options.env_id}, {cpu_name()}", "steps/s", "one environment, one process", "ratio", "learner's CPU (µs/step)")
     print(markdown_table(header, rows))
 
 if __name__ == "__main__":
