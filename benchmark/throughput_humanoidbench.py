@@ -2,11 +2,11 @@
 
     python benchmark/throughput_humanoidbench.py --env-id h1hand-walk-v0 --num-envs 16 --num-workers 2
 
-One vector after the other is started: --num-envs environments in --num-workers processes of trudi_humanoidbench.Simulators, then
-as many in Gymnasium's AsyncVectorEnv, which has a process for each. Every round steps one environment in this process and then the
+One vector after the other is started: --num-envs environments in --num-workers processes of trudi_humanoidbench.Simulators, and
+as many in Gymnasium's AsyncVectorEnv, which has a process for each. Every round steps one environment in this process, then the
 vector, for as many seconds each, so that a round's ratio compares what ran within half a minute, whatever else the machine did;
-reported are medians over rounds. Actions are uniformly random, episodes start anew as they end. The learner's share is this
-process's CPU time for each environment step.
+reported are medians over rounds. Actions are uniformly random, episodes start anew as they end. The learner's CPU time is this
+process's for each environment step.
 Results go to benchmark/results/throughput_{env}_cpu.json and, as a table, to stdout.
 """
 
