@@ -126,8 +126,8 @@ def resolve(args: Args) -> Args:
     module = "humanoid_bench" if args.env_id in TASKS else args.env_id.rpartition(":")[0] or "gymnasium"
     if not util.find_spec(module.split(".")[0]):
         fail(f"--env-id {args.env_id} needs the module {module}, which is neither installed nor on PYTHONPATH" + (
-            "; git clone https://github.com/carlosferrazza/humanoid-bench && pip install --no-deps -e ./humanoid-bench && "
-            "pip install mujoco==3.1.6 dm_control==1.0.20 torch opencv-python-headless natsort" if args.env_id in TASKS else ""))
+            "; git clone https://github.com/carlosferrazza/humanoid-bench && pip install --no-deps -e ./humanoid-bench && pip "
+            "install mujoco==3.1.6 dm_control==1.0.20 torch opencv-python-headless natsort" if args.env_id in TASKS else ""))
     multiprocessing.set_forkserver_preload(["flax.nnx", "optax", "orbax.checkpoint", "tensorboardX", "tyro", module])
     if args.device == "cpu":
         jax.config.update("jax_platforms", "cpu")
