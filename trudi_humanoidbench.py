@@ -552,10 +552,11 @@ def play(agent: Agent, decide: Callable, envs: Simulators, state: TrainState, fo
         path.parent.mkdir(exist_ok=True)
         import_module("imageio").mimsave(path, frames, fps=agent.env.fps)
     total, bar = slots["total"], agent.env.success_bar
-    metrics = {"episodic_return": total.mean(), "episodic_return_std": total.std(), "episodic_length": slots["length"].mean()}
+    metrics = {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
+               "eval/episodic_length": slots["length"].mean()}
     if bar is not None:
-        metrics |= {"success_bar": bar, "success": np.where(np.isnan(success), total >= bar, success > 0).mean()}
-    return {f"eval/{name}": float(x) for name, x in metrics.items()}
+        metrics |= {"eval/success_bar": bar, "eval/success": np.where(np.isnan(success), total >= bar, success > 0).mean()}
+    return {name: float(x) for name, x in metrics.items()}
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
     """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
