@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_runs import TIMES, assert_close, curve, metrics
+from test_runs import TIMES, Runner, assert_close, curve, metrics
 
 import trudi_humanoidbench as trudi
 
@@ -200,31 +199,13 @@ def test_evaluation(env_id, expected, simulators):
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-class Runner:
-    """Starts the script with one folder for runs and one cache of compiled programs."""
+class WorkersRunner(Runner):
+    """Starts this script, with the misbehaving environments within its reach."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    script, small = "trudi_humanoidbench.py", SMALL
 
     def start(self, *flags, **environment):
-        flags = [*flags, "--compilation-cache-dir", str(self.folder / "cache")]
-        if not {"--resume", "--evaluate"} & set(flags):
-            flags += ["--log-dir", str(self.folder / "runs")]
-        xla = f"--xla_backend_optimization_level=0 {environment.pop('XLA_FLAGS', '')}"
-        return subprocess.Popen([sys.executable, str(ROOT / "trudi_humanoidbench.py"), *flags], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, cwd=self.folder, start_new_session=True,
-                                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "PYTHONPATH": PATH, **environment})
-
-    def run(self, *flags, code=0, **environment):
-        """(stdout, stderr) of a process that must end with an exit code."""
-        process = self.start(*flags, **environment)
-        out, err = process.communicate(timeout=600)
-        assert process.returncode == code, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-3000:]}"
-        return out, err
-
-    def train(self, *flags, **environment):
-        """The folder of a finished run."""
-        return pathlib.Path(self.run(*SMALL, *flags, **environment)[0].splitlines()[-1])
+        return super().start(*flags, PYTHONPATH=PATH, **environment)
 
     def signalled(self, send, *flags, iterations=5):
         """The folder and exit code of a run that gets a signal after some iterations; all its processes must end."""
@@ -246,7 +227,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    return Runner(tmp_path_factory.mktemp("humanoidbench"))
+    return WorkersRunner(tmp_path_factory.mktemp("humanoidbench"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,9 @@ TIMES = ("wall_time", "charts/SPS")
 
 
 class Runner:
-    """Starts the script with one folder for runs and one cache of compiled programs."""
+    """Starts a script with one folder for runs and one cache of compiled programs."""
+
+    script, small = "trudi_mjx.py", SMALL
 
     def __init__(self, folder):
         self.folder = folder
@@ -33,8 +35,8 @@ class Runner:
         if not {"--resume", "--evaluate"} & set(flags):
             flags += ["--log-dir", str(self.folder / "runs")]
         xla = f"--xla_backend_optimization_level=0 {environment.pop('XLA_FLAGS', '')}"
-        return subprocess.Popen([sys.executable, str(ROOT / "trudi_mjx.py"), *flags], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, cwd=self.folder,
+        return subprocess.Popen([sys.executable, str(ROOT / self.script), *flags], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, cwd=self.folder, start_new_session=True,
                                 env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, **environment})
 
     def run(self, *flags, code=0, **environment):
@@ -46,7 +48,7 @@ class Runner:
 
     def train(self, *flags, **environment):
         """The folder of a finished run."""
-        out, _ = self.run(*SMALL, *flags, **environment)
+        out, _ = self.run(*self.small, *flags, **environment)
         return pathlib.Path(out.splitlines()[-1])
 
     def interrupt(self, number, *flags):
