@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["mani-skill==3.0.1", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tensordict>=0.10", "torch==2.13.0",
-#                 "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
+#                 "tyro>=1.0", "wandb>=0.19.10"]
 # ///
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on ManiSkill3, in one file.
 
@@ -35,7 +35,6 @@ import tensorboardX
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tqdm
 import tyro
 from torch import Tensor, nn
 
@@ -210,6 +209,7 @@ class Actor(nn.Module):
     def __init__(self, args: Args, observation_size: int, action_size: int):
         super().__init__()
         self.num_steps, self.prior_std, width = args.num_diffusion_steps, args.prior_std, args.hidden_dim
+        self.observation_size = observation_size  # the actor sees the first columns of an observation
         self.time_mlp = nn.ModuleList([linear(TIME_FEATURES, TIME_FEATURES) for _ in range(2)])
         self.input = linear(observation_size + action_size + TIME_FEATURES, width)
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in range(3)])
@@ -229,8 +229,8 @@ class Actor(nn.Module):
         angle = n * 10000.0 ** (-torch.arange(half, device=n.device) / half)
         time = torch.cat([torch.sin(angle), torch.cos(angle)], -1)
         time = self.time_mlp[1](F.gelu(self.time_mlp[0](time), approximate="tanh"))  # JAX's form of it
-        weight, bias = self.input.weight, self.input.bias
-        return F.linear(observation, weight[:, :observation.shape[-1]], bias), F.linear(time, weight[:, -TIME_FEATURES:])
+        weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]
+        return F.linear(seen, weight[:, :self.observation_size], bias), F.linear(time, weight[:, -TIME_FEATURES:])
     def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
         weight = self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
@@ -244,13 +244,14 @@ class Critic(nn.Module):
     def __init__(self, args: Args, observation_size: int, action_size: int):
         super().__init__()
         sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
+        self.observation_size = observation_size  # the critic sees the last columns of an observation
         self.hidden = nn.ModuleList([linear(size, width) for size in sizes])
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in sizes])
         self.output = linear(width, args.num_atoms)
         self.output.bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Logits (B, atoms)."""
-        x = torch.cat([observation, action], -1)
+        x = torch.cat([observation[..., -self.observation_size:], action], -1)
         for hidden, norm in zip(self.hidden, self.norms, strict=True):
             x = F.silu(norm(hidden(x)))
         return self.output(x)
@@ -383,10 +384,10 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[st
 # ------------------------------------------------------------------------------------------------------- iteration
 # What a checkpoint holds, then the environments' observations (E, .) and whether they have begun an episode in this process.
 TrainState = namedtuple("TrainState", "learner statistics iteration observation begun")
-def init_learner(args: Args, device: torch.device, observation_size: int, action_size: int) -> Learner:
-    """Networks, duals and Adam, from the seed; the same in every process."""
+def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees: int, action_size: int) -> Learner:
+    """Networks that see so many columns of an observation, duals and Adam, from the seed; the same in every process."""
     torch.manual_seed(args.seed)
-    actor, critic = (kind(args, observation_size, action_size).to(device) for kind in (Actor, Critic))
+    actor, critic = Actor(args, actor_sees, action_size).to(device), Critic(args, critic_sees, action_size).to(device)
     log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
     graphs = device.type == "cuda" and WORLD == 1 and args.compile is not False
     adam = functools.partial(torch.optim.Adam, fused=True, capturable=graphs)
@@ -399,6 +400,7 @@ def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor
     noise = torch.randn(args.num_diffusion_steps + 1, len(seen), actor.raw_friction.numel(), device=seen.device)
     return sample_chain(actor, seen, noise), seen
 
+@torch.no_grad()
 def rollout(agent: Agent, state: TrainState) -> tuple[Tensor, Transition]:
     """Act for T steps with samples of the policy, keeping their chains; returns the observations to go on from, too."""
     observation, steps = state.observation, []
@@ -421,17 +423,14 @@ def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data:
         bonus.append(learner.log_duals[0].exp() * chain.entropy_bound)
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, torch.stack(value), torch.stack(bonus))
 
-def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
-    """One iteration: rollout, targets, epochs of updates, observation statistics."""
-    args, learner = agent.args, state.learner
-    # Noise from seed, process and iteration: evaluations don't disturb it, and a run that is continued needs no other state.
-    torch.manual_seed(int(np.random.SeedSequence([args.seed, RANK, state.iteration]).generate_state(1)[0]))
+def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> tuple[Statistics, dict[str, Tensor]]:
+    """Learn from a rollout: targets, epochs of updates, observation statistics."""
+    args = agent.args
     with torch.no_grad():
-        observation, data = rollout(agent, state)
         # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
         # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
-        merged = update_statistics(state.statistics, data.observation)
-        statistics = merged if state.iteration == 0 else state.statistics
+        merged = update_statistics(statistics, data.observation)
+        statistics = statistics if statistics.count else merged
         target = critic_targets(agent, learner, statistics, data)
         batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
         batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
@@ -445,14 +444,23 @@ def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tens
         metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
                     for name, x in (("stored", some), ("fresh", fresh))}
         alpha, lambda_ = learner.log_duals.exp()
-        ended, *numbers = (everywhere(x.T) for x in data.episode)
-        metrics |= {"trust_region/lambda": lambda_, "entropy/alpha": alpha, "charts/episodes": ended.sum(),
-                    "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
-                    "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean()}
-        names = ("charts/episodic_return", "charts/episodic_length", "charts/success_once")
-        if ended.any():  # else the rollout has no mean return
-            metrics |= {name: (x * ended).sum() / ended.sum() for name, x in zip(names, numbers, strict=False)}
-    return TrainState(learner, merged, state.iteration + 1, observation, state.begun), metrics
+        return merged, metrics | {
+            "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
+            "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
+            "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean()}
+
+def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
+    """One iteration: a rollout and what is learned from it."""
+    # Noise from seed, process and iteration: evaluations don't disturb it, and a run that is continued needs no other state.
+    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration]).generate_state(1)[0]))
+    observation, data = rollout(agent, state)
+    statistics, metrics = improve(agent, state.learner, state.statistics, data)
+    ended, *numbers = (everywhere(x.T) for x in data.episode)
+    metrics["charts/episodes"] = ended.sum()
+    names = ("charts/episodic_return", "charts/episodic_length", "charts/success_once")
+    if ended.any():  # else the rollout has no mean return
+        metrics |= {name: (x * ended).sum() / ended.sum() for name, x in zip(names, numbers, strict=False)}
+    return TrainState(state.learner, statistics, state.iteration + 1, observation, state.begun), metrics
 # ------------------------------------------------------------------------------------------------------ evaluation
 def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Tensor) -> Tensor:
     """Actions (B, A) at raw observations, as --eval-mode says."""
@@ -493,8 +501,10 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
         path.unlink()
 
-def read_checkpoint(run: str) -> dict[str, Any]:
-    """What the newest checkpoint was given; exits with code 2 if there is none to be read. Nothing in it is executed."""
+def read_checkpoint(run: str | None) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read. Nothing in it is executed."""
+    if not run:
+        return {}
     try:
         newest = max(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
         return torch.load(newest, map_location="cpu", weights_only=True)
@@ -542,12 +552,12 @@ def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
         writer.flush()
     return log
 # -------------------------------------------------------------------------------------------------------- training
-def parse() -> tuple[Args, dict[str, Any]]:
-    """Resolved arguments and, with --resume or --evaluate, the content of a checkpoint."""
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, they start from those of that run."""
     args = tyro.cli(Args)
     run = args.resume or args.evaluate
     if not run:
-        return resolve(args), {}
+        return resolve(args)
     try:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
@@ -559,87 +569,100 @@ def parse() -> tuple[Args, dict[str, Any]]:
     for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
         if getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
-    return resolve(args), read_checkpoint(run)
+    return resolve(args)
 
-def prepare(args: Args, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
-    """Environments, and a training state, new or a checkpoint's. With --compile, what runs often is compiled."""
+def open_device(args: Args) -> torch.device:
+    """This process's device, set up; processes that torchrun started join, and only the first of them prints."""
     gpu = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # TF32 on GPUs that have it, JAX's default there
     if gpu:
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
     if WORLD > 1:
         dist.init_process_group("nccl" if gpu else "gloo")
-    envs = [] if args.evaluate else make_envs(args, device, args.num_envs // WORLD, evaluation=False)
-    eval_envs = make_envs(args, device, args.num_eval_envs // WORLD, evaluation=True)
-    time_limit = import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value(eval_envs[0])
-    shapes = eval_envs[0].single_observation_space.shape[0], eval_envs[0].single_action_space.shape[0]
-    learner = init_learner(args, device, *shapes)
-    statistics = Statistics(0, torch.zeros(2, shapes[0], device=device))
-    state = TrainState(learner, statistics, 0, None, torch.zeros(args.num_envs // WORLD, dtype=torch.bool, device=device))
-    state = fill_state(state, saved) if saved else state
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+def compiled(args: Args, device: torch.device, learner: Learner) -> tuple[Callable, Callable]:
+    """sample_policy and update_minibatch, with --compile compiled and on a GPU made CUDA graphs."""
     sample, update = functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)
+    gpu = device.type == "cuda"
     if args.compile or (args.compile is None and gpu):
         sample, update = torch.compile(sample), torch.compile(update)
         if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
             graph = functools.partial(import_module("tensordict.nn").CudaGraphModule, warmup=5)
             sample, update = graph(sample), graph(update)
+    return sample, update
+
+def prepare(args: Args, device: torch.device, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
+    """Environments, and a training state, new or a checkpoint's."""
+    envs = [] if args.evaluate else make_envs(args, device, args.num_envs // WORLD, evaluation=False)
+    eval_envs = make_envs(args, device, args.num_eval_envs // WORLD, evaluation=True)
+    time_limit = import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value(eval_envs[0])
+    size = eval_envs[0].single_observation_space.shape[0]
+    learner = init_learner(args, device, size, size, eval_envs[0].single_action_space.shape[0])
+    statistics = Statistics(0, torch.zeros(2, size, device=device))
+    state = TrainState(learner, statistics, 0, None, torch.zeros(args.num_envs // WORLD, dtype=torch.bool, device=device))
+    state = fill_state(state, saved) if saved else state
     if envs:
         state = state._replace(observation=env_reset(envs, args.seed, state.iteration, 0))
         rng = np.random.default_rng([args.seed, RANK, state.iteration])
         for env in envs:  # clocks start spread over an episode, so that time-outs do not coincide
             env.base_env.elapsed_steps.copy_(torch.tensor(rng.integers(time_limit, size=env.num_envs)))
-    return Agent(args, device, envs, eval_envs, time_limit, sample, update), state
+    return Agent(args, device, envs, eval_envs, time_limit, *compiled(args, device, learner)), state
 
-def train(agent: Agent, state: TrainState, wall_time: float) -> int:
+def averages(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the processes, of each number over those that have it; the device is read from once."""
+    everyone: list[Any] = [dict(zip(metrics, torch.stack([x.float() for x in metrics.values()]).tolist(), strict=True))] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everyone, everyone[0])
+    return {name: float(np.mean([x[name] for x in everyone if name in x])) for name in functools.reduce(dict.__or__, everyone)}
+
+def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, evaluate: Callable) -> int:
     """The training loop; returns the process's exit code."""
     args, done, received = agent.args, state.iteration, []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     log = open_run(folder, args, done * args.batch_size) if RANK == 0 else lambda *_: None
-    bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
     started, code = time.perf_counter() - wall_time, 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
         state, metrics = iterate(agent, state)
         done, step = state.iteration, state.iteration * args.batch_size
-        stop = torch.tensor(128.0 + received[0] if received else 0.0)
-        values = everywhere(torch.stack([x.float().to(agent.device) for x in (*metrics.values(), stop)])[None])
-        metrics = dict(zip(metrics, values[:, :-1].mean(0).tolist(), strict=True))
+        signals = {"signal": torch.tensor(received[0], device=agent.device)} if received else {}
+        metrics = averages(metrics | signals)
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
         finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
-        code = int(values[:, -1].max()) if finite else 1
+        code = 1 if not finite else 128 + int(metrics.pop("signal")) if "signal" in metrics else 0
         if not code and (done == args.num_iterations or done % args.eval_interval == 0):
-            metrics |= {name: float(x) for name, x in evaluate(agent, state, folder).items()}
+            found = {name: float(x) for name, x in evaluate(agent, state, folder).items()}
+            metrics |= found
             eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-            bar.write(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.2f}  "
-                      f"success {metrics['eval/success_once']:.2f}  ETA {eta:.1f} min")
-            sys.stdout.flush()
+            print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min ",
+                  *(f"{name.removeprefix('eval/')} {x:.2f}" for name, x in found.items()), sep="  ", flush=True)
         log(step, time.perf_counter() - started, metrics)
-        bar.update()
         if not finite and RANK == 0:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
-    bar.close()
     print(folder)
     return code
 
 def main() -> None:
     """Parse, make the environments, then train, resume or evaluate."""
-    torch.backends.cuda.matmul.allow_tf32 = True  # TF32 on GPUs that have it, JAX's default there
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    args, saved = parse()
-    if args.device == "cpu" or not torch.cuda.is_available():
-        torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
+    args = parse()
+    saved, device = read_checkpoint(args.resume or args.evaluate), open_device(args)
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
-    agent, state = prepare(args, saved)
+    agent, state = prepare(args, device, saved)
     if args.evaluate:
         print(json.dumps({name: float(x) for name, x in evaluate(agent, state, args.evaluate).items()}))
-    code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)))
+    code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)), iterate, evaluate)
     if WORLD > 1:
-        dist.barrier()  # a process that ends with a signal's exit code makes torchrun end the others, and one is still saving
+        dist.barrier()  # torchrun ends all processes with the first that a signal stopped, and one is still saving
         dist.destroy_process_group()
     sys.exit(code)
 

@@ -1,0 +1,451 @@
+"""trudi_isaaclab.py: its environments, its loop, its command line; with mjlab, a stand-in for Isaac Lab 2.3's interface and, if
+TRUDI_ISAACLAB_PYTHON names an interpreter that has it, Isaac Lab 3.0. The learner is test_parity.py's, word by word."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mjlab")
+
+from test_maniskill import processes  # noqa: E402
+
+import trudi_isaaclab as trudi  # noqa: E402
+
+ROOT = pathlib.Path(trudi.__file__).parent
+TESTS = ROOT / "tests"
+CPU = torch.device("cpu")
+SIZES = dict(preset="cpu", num_envs=2, num_steps=8, minibatch_size=8, num_epochs=1, hidden_dim=16, num_diffusion_steps=2,
+             total_timesteps=64, eval_interval=2, checkpoint_interval=1)
+PATIENCE = float(os.environ.get("TRUDI_TEST_PATIENCE", "3"))
+ISAACLAB = os.environ.get("TRUDI_ISAACLAB_PYTHON")
+needs_isaaclab = pytest.mark.skipif(not ISAACLAB, reason="TRUDI_ISAACLAB_PYTHON names no interpreter that has Isaac Lab 3.0")
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+class Fake:
+    """Isaac Lab's interface around counters, whose i-th environment terminates after ends[i] steps and is late after 6: it
+    observes the steps of its episode, ten times as much for the critic, and pays as much as the step's number. `kind` is the
+    simulator whose habits it has, `reuse` writes into one set of buffers as Isaac Lab does."""
+
+    max_episode_length, step_dt, single_action_space = 6, 0.05, SimpleNamespace(shape=(3,))
+
+    def __init__(self, kind="3.0", ends=(3, 99), reuse=True, critic=True):
+        self.kind, self.ends, self.reuse, self.critic = kind, torch.tensor(ends), reuse, critic
+        self.cfg, self.sim, self.extras = SimpleNamespace(auto_reset=kind != "mjlab"), SimpleNamespace(), {}
+        self.episode_length_buf = torch.zeros(len(ends), dtype=torch.long)
+        self.buffers, self.actions = {}, []
+
+    def give(self, name, value):
+        if not self.reuse:
+            return value.clone()
+        return self.buffers.setdefault(name, torch.empty_like(value)).copy_(value)
+
+    def observe(self, prefix=""):
+        steps = self.episode_length_buf.float()[:, None].repeat(1, 2)
+        groups = {"actor" if self.kind == "mjlab" else "policy": steps} | ({"critic": 10 * steps[:, :1]} if self.critic else {})
+        return {name: self.give(prefix + name, value) for name, value in groups.items()}
+
+    def reset(self, env_ids=None):
+        self.episode_length_buf[slice(None) if env_ids is None else env_ids] = 0
+        return self.observe(), self.extras
+
+    def step(self, action):
+        self.actions.append(action)
+        self.episode_length_buf += 1
+        steps = self.episode_length_buf
+        terminated, late = steps >= self.ends, steps >= self.max_episode_length
+        outcome = [self.give(*x) for x in (("reward", steps.float()), ("terminated", terminated), ("late", late))]
+        ended = terminated | late
+        if ended.any():
+            mean = self.give("log", steps[ended].float().mean())
+            self.extras["log"] = {"Episode_Reward/count": mean, "Curriculum/level": 2.0}
+            if self.kind == "3.0":
+                self.extras["final_obs"] = self.observe("final ")
+            if self.kind != "mjlab":
+                self.reset(ended)
+        return self.observe(), *outcome, self.extras
+
+
+def small_args(**changes):
+    return trudi.resolve(trudi.Args(**{**SIZES, "env_id": "Mjlab-Cartpole-Balance", **changes}))
+
+
+def prepared(env, **changes):
+    args = small_args(num_envs=len(env.ends), **dict(minibatch_size=len(env.ends), total_timesteps=10_000) | changes)
+    return trudi.prepare_run(args, CPU, env, {})
+
+
+@pytest.mark.parametrize("kind", ["3.0", "2.3", "mjlab"])
+def test_how_episodes_end(kind):
+    """Environment 0 terminates at step 3, 1 is late at 6, 2 does both at once, which is no truncation."""
+    agent, state = prepared(Fake(kind, ends=(3, 99, 6)))
+    trudi.restart(agent, state, spread=False)
+    for step in range(1, 13):
+        (reward, terminated, truncated, after), (ended, total, length), log = trudi.step_env(agent, state, torch.zeros(3, 3))
+        now = [(step - 1) % limit + 1 for limit in (3, 6, 6)]
+        ends = [now[0] == 3, now[1] == 6, now[2] == 6]
+        assert reward.tolist() == now
+        assert terminated.tolist() == [ends[0], False, ends[2]]
+        assert truncated.tolist() == [False, ends[1], False]
+        assert ended.tolist() == ends
+        assert length.tolist() == now
+        assert total.tolist() == [n * (n + 1) / 2 for n in now]
+        # 2.3 does not tell how an episode ended: its last observation stands in, of the state that a time-out bootstraps from.
+        last = [n - (kind == "2.3" and end) for n, end in zip(now, ends, strict=True)]
+        assert after.tolist() == [[n, n, 10 * n] for n in last]
+        assert state.observation.tolist() == [[0, 0, 0] if end else [n, n, 10 * n] for n, end in zip(now, ends, strict=True)]
+        assert set(log) == ({"Episode_Reward/count", "Curriculum/level"} if any(ends) else set())
+
+
+@pytest.mark.parametrize("kind", ["3.0", "2.3", "mjlab"])
+def test_reused_buffers_change_nothing(kind):
+    """What is learned from, and what is learned, with a simulator that writes into the same tensors at every step."""
+    results = []
+    for reuse in (True, False):
+        agent, state = prepared(Fake(kind, reuse=reuse), num_steps=12)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(state.learner.actor.output.weight)
+        data, metrics = trudi.collect(agent, state)
+        for _ in range(2):
+            state, learned = trudi.advance(agent, state)
+        results.append([*data, *metrics.values(), *learned.values(), *state.learner.actor.parameters(), state.observation])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert results[0][4].unique().numel() > 3  # the rewards are not all the last one's
+
+
+def test_the_simulator_gets_scaled_actions_of_its_own():
+    agent, state = prepared(Fake(), action_scale=2.5)
+    data, _ = trudi.collect(agent, state)
+    for sent, kept in zip(agent.env.actions, data.action, strict=True):
+        torch.testing.assert_close(sent, 2.5 * kept)
+        sent.fill_(7)  # the simulator may keep and change it
+    assert data.action.abs().max() <= 0.999
+
+
+def test_rollout_counts_whole_episodes_and_logs_the_simulators_means():
+    agent, state = prepared(Fake(ends=(4, 99)), num_steps=14)
+    agent.env.episode_length_buf.copy_(torch.tensor([2, 0]))
+    data, metrics = trudi.collect(agent, state)
+    # Environment 0 ends at steps 2, 6, 10, 14, the first of which was begun before; 1 at 6 and 12, the first likewise.
+    assert data.terminated.nonzero().tolist() == [[1, 0], [5, 0], [9, 0], [13, 0]]
+    assert data.truncated.nonzero().tolist() == [[5, 1], [11, 1]]
+    assert float(metrics["charts/episodes"]) == 4
+    assert float(metrics["charts/episodic_return"]) == (3 * 10 + 21) / 4
+    assert float(metrics["charts/episodic_length"]) == (3 * 4 + 6) / 4
+    assert float(metrics["Curriculum/level"]) == 2
+    assert float(metrics["Episode_Reward/count"]) == pytest.approx(4.6)  # of 4, (4 + 6) / 2, 4, 6, 4
+    assert data.latents.shape == data.means.shape == (14, 2, 2, 3)
+    rows = [x.flatten(0, 1) for x in (data.observation, data.latents, data.means)]
+    rows[0] = trudi.normalize(trudi.Statistics(1, state.statistics.moments), rows[0])
+    actor = state.learner.actor
+    assert trudi.trajectory_kl(actor, *rows, actor.step_sizes()).abs().max() < 1e-5
+
+
+def test_each_network_sees_its_own_group():
+    agent, state = prepared(Fake())
+    actor, critic = state.learner[:2]
+    assert (actor.observation_size, critic.observation_size) == (2, 1)
+    torch.nn.init.normal_(actor.output.weight)
+    seen, noise = torch.randn(4, 3), torch.randn(3, 4, 3)
+    for column, (acts, judges) in enumerate([(True, False), (True, False), (False, True)]):
+        other = seen.clone()
+        other[:, column] += 1
+        moved = [not torch.equal(f(seen), f(other)) for f in (lambda x: trudi.sample_chain(actor, x, noise).action,
+                                                              lambda x: critic(x, torch.zeros(4, 3)))]
+        assert moved == [acts, judges]
+    agent, state = prepared(Fake(critic=False))
+    assert [network.observation_size for network in state.learner[:2]] == [2, 2]
+
+
+def test_evaluation_counts_the_first_episode_of_each(tmp_path):
+    agent, state = prepared(Fake(ends=(2, 99, 4)))
+    state.observation.fill_(5)
+    metrics = {name: float(x) for name, x in trudi.play(agent, state, tmp_path).items()}
+    returns = [3, 21, 10]
+    assert metrics["eval/episodic_return"] == pytest.approx(np.mean(returns))
+    assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(returns))
+    assert metrics["eval/episodic_length"] == 4
+    assert len(agent.env.actions) == 6
+    assert not state.episode.any()  # training goes on with new episodes, cut from their beginnings
+    assert state.observation.tolist() == [[0, 0, 0]] * 3
+    agent, state = prepared(Fake(ends=(2, 3)))
+    trudi.play(agent, state, tmp_path)
+    assert len(agent.env.actions) == 3  # all have ended
+
+
+def test_clocks_start_spread_out():
+    env = Fake(ends=[99] * 60)
+    agent, state = prepared(env)
+    assert set(env.episode_length_buf.tolist()) == set(range(6))
+    trudi.restart(agent, state, spread=False)
+    assert not env.episode_length_buf.any()
+    assert state.episode[2].all()
+
+
+def test_it_learns_from_termination():
+    """A step costs 1 and an action beyond 0.5 ends the episode, which must be worth it."""
+    class Costly(Fake):
+        def step(self, action):
+            self.episode_length_buf += 1
+            terminated = action[:, 0] > 0.5
+            late = self.episode_length_buf >= self.max_episode_length
+            groups = self.observe("final ")
+            self.extras["final_obs"] = groups
+            self.reset(terminated | late)
+            return self.observe(), -torch.ones(len(action)), terminated, late, self.extras
+
+    torch.manual_seed(0)
+    agent, state = prepared(Costly(ends=[99] * 32), num_steps=16, minibatch_size=128, num_epochs=4, hidden_dim=32,
+                            num_diffusion_steps=4, total_timesteps=512 * 30)
+    shares = []
+    for _ in range(30):
+        state, metrics = trudi.advance(agent, state)
+        shares.append(float(metrics["charts/episodic_length"]))
+    assert np.mean(shares[-3:]) < 1.3 < np.mean(shares[:2])
+
+
+# ------------------------------------------------------------------------------------------------ command line, mjlab
+FLAGS = [x for name, value in SIZES.items() for x in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def start(*flags, python=sys.executable, **environment):
+    command = [python, ROOT / "trudi_isaaclab.py", *map(str, flags)]
+    path = f"{environment.pop('path', TESTS)}"
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env={**os.environ, "PYTHONPATH": path, **environment})
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == code, (process.returncode, out[-2000:], err[-3000:])
+    return out, err
+
+
+def train(*flags, **options):
+    """The folder of a finished run, which its last lines name."""
+    out, _ = finish(start(*FLAGS, *flags, **options))
+    return pathlib.Path(next(line for line in reversed(out.splitlines()) if "__trudi_isaaclab__" in line))
+
+
+def events(run):
+    lines = (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def curve(run):
+    return [{name: x for name, x in event.items() if name not in ("wall_time", "charts/SPS")} for event in events(run)]
+
+
+CARTPOLE = ("--env-id", "mjlab_tasks:Mjlab-Short-Cartpole")
+
+
+@pytest.fixture(scope="module")
+def cartpole(tmp_path_factory):
+    return train(*CARTPOLE, "--log-dir", tmp_path_factory.mktemp("runs"))
+
+
+def test_command_line(cartpole, tmp_path):
+    """A run, the same again, one with another seed; continued beyond its end, evaluated; its folder."""
+    found = events(cartpole)
+    assert [event["step"] for event in found] == [16, 32, 48, 64]
+    assert [event["step"] for event in found if "eval/episodic_return" in event] == [32, 64]
+    assert found[-1]["eval/episodic_length"] == 20
+    assert 0 < found[-1]["eval/episodic_return"] < 1  # at most 0.05 a step
+    assert sorted(path.name for path in (cartpole / "checkpoints").iterdir()) == ["32.pt", "48.pt", "64.pt"]
+    assert list(cartpole.glob("events.out.tfevents*"))
+    assert json.loads((cartpole / "args.json").read_text())["versions"]["mjlab"]
+    assert curve(train(*CARTPOLE, "--log-dir", tmp_path)) == curve(cartpole)
+    other = curve(train(*CARTPOLE, "--log-dir", tmp_path, "--seed", "2"))
+    assert all(a["losses/critic"] != b["losses/critic"] for a, b in zip(other, curve(cartpole), strict=True))
+    finish(start("--resume", cartpole, "--total-timesteps", 96))
+    assert [event["step"] for event in events(cartpole)] == list(range(16, 97, 16))
+    assert events(cartpole)[:4] == found
+    out, _ = finish(start("--evaluate", cartpole, "--eval-mode", "sde"))
+    result = next(json.loads(line) for line in out.splitlines() if line.startswith('{"eval'))
+    assert set(result) == {"eval/episodic_return", "eval/episodic_return_std", "eval/episodic_length"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interrupted_runs_continue(number, tmp_path):
+    process = start(*FLAGS, *CARTPOLE, "--total-timesteps", 100_000, "--eval-interval", 10_000, "--log-dir", tmp_path)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not list(tmp_path.glob("*/checkpoints/[4-9]?.pt")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=100)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    run, = tmp_path.iterdir()
+    newest = max(int(path.stem) for path in (run / "checkpoints").glob("*.pt"))
+    assert newest >= events(run)[-1]["step"] - 16  # at most an interval is lost
+    finish(start("--resume", run, "--total-timesteps", newest + 32, "--eval-interval", 10_000))
+    assert [event["step"] for event in events(run)] == list(range(16, newest + 33, 16))
+
+
+def test_two_processes_train(tmp_path):
+    out, _ = processes([str(ROOT / "trudi_isaaclab.py")], 2, *FLAGS, *CARTPOLE, "--log-dir", tmp_path)
+    run, = tmp_path.iterdir()
+    assert str(run) in out
+    assert [event["step"] for event in events(run)] == [16, 32, 48, 64]
+    assert "eval/episodic_return" in events(run)[-1]
+
+
+def test_video(tmp_path):
+    run = train(*CARTPOLE, "--log-dir", tmp_path, "--capture-video", "--total-timesteps", "16", MUJOCO_GL="egl")
+    video = run / "videos" / "step_16.mp4"
+    assert video.stat().st_size > 5_000
+
+
+def test_velocity(tmp_path):
+    """A robot, with a group of observations for the critic and terrain to fall on."""
+    found, = events(train("--env-id", "Mjlab-Velocity-Flat-Unitree-G1", "--log-dir", tmp_path, "--total-timesteps", "16"))
+    assert np.isfinite(found["losses/critic"])
+    assert found["eval/episodic_length"] < 1000  # it falls
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+def refusal(code, error):
+    assert code == 2, error[-2000:]
+    line = error.splitlines()[-1]
+    assert line.startswith("trudi_isaaclab.py: error: ")
+    return line
+
+
+def refused(*flags, **environment):
+    began = time.perf_counter()
+    process = start(*flags, **environment)
+    _, error = process.communicate(timeout=100)
+    assert time.perf_counter() - began < 5 * PATIENCE
+    return refusal(process.returncode, error)
+
+
+POSITIVE = ("total_timesteps num_envs num_steps num_epochs minibatch_size max_grad_norm hidden_dim actor_learning_rate "
+            "critic_learning_rate dual_learning_rate num_diffusion_steps prior_std trust_region_bound num_atoms best_of_k "
+            "eval_interval checkpoint_interval action_scale").split()
+
+
+@pytest.mark.parametrize("changes", [
+    *({name: number} for name in POSITIVE for number in (0, -1)), dict(seed=-1), dict(gamma=1.0), dict(td_lambda=1.1),
+    dict(ode_score_scale=-1.0), dict(v_min=10.0), dict(num_atoms=1), dict(total_timesteps=10), dict(minibatch_size=6)], ids=str)
+def test_values(changes, capsys):
+    with pytest.raises(SystemExit) as stop:
+        small_args(**changes)
+    line = refusal(stop.value.code, capsys.readouterr().err)
+    assert any(f"--{name.replace('_', '-')}" in line for name in changes)
+
+
+def test_unknown_tasks():
+    assert "Mjlab-Cartpole-Balance" in refused("--env-id", "Mjlab-Cartpole-Balanc", *FLAGS)
+    assert "Mjlab-Short-Cartpole" in refused("--env-id", "mjlab_tasks:Mjlab-Shrt-Cartpole", *FLAGS)
+    assert "Isaac-Velocity-Rough-G1" in refused("--env-id", "Velocity-Rough-G1", *FLAGS)
+    assert "no_such_module" in refused("--env-id", "no_such_module:Mjlab-Task", *FLAGS)
+
+
+def test_missing_simulators(monkeypatch, capsys):
+    monkeypatch.setattr(trudi.util, "find_spec", lambda name: None)
+    for env_id, package in (("Isaac-Velocity-Rough-G1", "isaaclab==3.0.0"), ("Mjlab-X", "mjlab==1.6.0")):
+        with pytest.raises(SystemExit) as stop:
+            small_args(env_id=env_id)
+        assert f"pip install {package}" in refusal(stop.value.code, capsys.readouterr().err)
+
+
+def test_missing_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "--device cpu" in refused(*CARTPOLE, "--device", "gpu")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "pickle", "no checkpoint", "other sizes"])
+def test_damaged_checkpoints(damage, tmp_path, capsys):
+    agent, state = prepared(Fake())
+    trudi.save_checkpoint(tmp_path, state, 16, 0.0)
+    path = tmp_path / "checkpoints" / "16.pt"
+    if damage == "pickle":
+        torch.save({"actor": SimpleNamespace(), "wall_time": 1.0}, path)
+    elif damage == "no checkpoint":
+        path.unlink()
+    elif damage != "other sizes":
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if damage == "truncated" else 0])
+    with pytest.raises(SystemExit) as stop:
+        trudi.prepare_run(agent.args, CPU, Fake(critic=False), trudi.read_checkpoint(str(tmp_path)))
+    line = refusal(stop.value.code, capsys.readouterr().err)
+    assert "not of this run" in line if damage == "other sizes" else str(tmp_path) in line
+
+
+def test_a_checkpoint_restores_everything_but_the_simulator(tmp_path):
+    agent, state = prepared(Fake())
+    for _ in range(2):
+        state, _ = trudi.advance(agent, state)
+    trudi.save_checkpoint(tmp_path, state, 32, 1.5)
+    saved = trudi.read_checkpoint(str(tmp_path))
+    assert saved["wall_time"] == 1.5
+    other_agent, other = trudi.prepare_run(agent.args, CPU, Fake(), saved)
+    assert other.iteration == 2
+    assert torch.equal(other.statistics.moments, state.statistics.moments)
+    assert torch.equal(other.learner.log_duals, state.learner.log_duals)
+    results = []
+    for one, where in ((agent, state), (other_agent, other)):  # Adam's moments too
+        trudi.restart(one, where, spread=False)
+        results.append(trudi.advance(one, where)[1])
+    assert results[0] == results[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    agent, state = prepared(Fake(), log_dir=str(tmp_path))
+    state.learner.actor.hidden[0].weight.data.fill_(float("nan"))
+    assert trudi.train(agent, state, 0.0, trudi.advance, trudi.play) == 1
+    out, err = capsys.readouterr()
+    run = pathlib.Path(out.splitlines()[-1])
+    assert "iteration 1: a loss is not finite" in err
+    assert list((run / "diverged" / "checkpoints").glob("*.pt"))
+    assert not (run / "checkpoints").exists()
+
+
+def test_groups_that_are_no_vectors(capsys):
+    env = Fake()
+    env.observe = lambda prefix="": {"policy": {"joints": torch.zeros(2, 3)}}
+    with pytest.raises(SystemExit) as stop:
+        prepared(env)
+    assert "vectors" in refusal(stop.value.code, capsys.readouterr().err)
+
+
+def test_arguments_are_the_flags():
+    """What may not change in a run comes before `device`, as `parse` assumes."""
+    names = [field.name for field in dataclasses.fields(trudi.Args)]
+    assert names.index("action_scale") < names.index("device") < names.index("physics")
+
+
+# ------------------------------------------------------------------------------------------------ Isaac Lab 2.3's interface
+def start_old(tmp_path, *flags):
+    """A run with the stand-in for 2.3, which writes a journal of what is called."""
+    flags = (*FLAGS, "--env-id", "Isaac-Velocity-Flat-G1", "--device", "cpu", "--log-dir", tmp_path / "runs", *flags)
+    return start(*flags, path=f"{TESTS / 'isaaclab23'}:{TESTS}", JOURNAL=str(tmp_path / "journal"))
+
+
+def test_kit_starts_before_pytorch_and_is_closed_last(tmp_path):
+    """The name of 3.0 is understood, and all is on disk when Kit, closing, ends the process."""
+    finish(start_old(tmp_path))
+    lines = (tmp_path / "journal").read_text().splitlines()
+    assert lines[0] == "AppLauncher device=cpu enable_cameras=False headless=True, PyTorch imported: False"
+    assert lines[1:3] == ["parse_env_cfg Isaac-Velocity-Flat-G1-v0 device=cpu num_envs=2", "make"]
+    assert lines[-2:] == ["env.close", "app.close"]
+    run, = (tmp_path / "runs").iterdir()
+    assert [event["step"] for event in events(run)] == [16, 32, 48, 64]
+    assert "Episode_Reward/count" in events(run)[-1]
+    assert (run / "checkpoints" / "64.pt").exists()
+
+
+def test_kit_does_not_start_for_bad_input(tmp_path):
+    process = start_old(tmp_path, "--gamma", "2")
+    _, error = process.communicate(timeout=60)
+    assert "--gamma" in refusal(process.returncode, error)
+    assert not (tmp_path / "journal").exists()

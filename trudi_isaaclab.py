@@ -1,0 +1,736 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["gymnasium[mujoco]>=1.0", "imageio-ffmpeg>=0.5", "mjlab==1.6.0", "tensorboard>=2.18", "tensorboardx>=2.6.2",
+#                 "tensordict>=0.10", "torch==2.13.0", "tyro>=1.0", "wandb>=0.19.10"]
+# ///
+"""Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on Isaac Lab 2.3 and 3.0 and on mjlab, in one file.
+
+    python trudi_isaaclab.py --env-id Isaac-Velocity-Rough-G1                 # the paper's settings; Isaac Lab is installed
+    python trudi_isaaclab.py --env-id Mjlab-Velocity-Rough-Unitree-G1         # without Isaac Lab; also uv run
+    python trudi_isaaclab.py --env-id Mjlab-Cartpole-Balance --preset cpu     # a learning curve on two CPU cores
+    torchrun --nproc-per-node 4 trudi_isaaclab.py --env-id Isaac-Velocity-Flat-H1-v0   # four GPUs share environments
+
+Read it from top to bottom, or beside trudi_maniskill.py: order and learner are the same. `# Eq. 181` marks where an equation of
+the paper is computed; README.md has their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E environments,
+B states of a batch, N denoising steps (n = 1 ... N in order, latent actions from a^N, noise, to a^0), A action dimensions."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from importlib import import_module, metadata, util
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+TASKS = {f"Isaac-{name}-v0": f"Isaac-{name.replace('Repose', 'Reorient')}" for name in (  # in Isaac Lab 2.3: in 3.0
+    "Velocity-Flat-G1 Velocity-Rough-G1 Velocity-Flat-H1 Velocity-Rough-H1 Repose-Cube-Allegro-Direct "
+    "Repose-Cube-Shadow-Direct").split()}
+MJLAB = [f"Mjlab-{name}" for name in (
+    "Velocity-Rough-Unitree-G1 Velocity-Flat-Unitree-G1 Velocity-Rough-Unitree-Go1 Velocity-Flat-Unitree-Go1 Cartpole-Balance "
+    "Cartpole-Swingup Lift-Cube-Yam").split()]
+SUITE = dict(gamma=0.97, v_min=-10.0, v_max=10.0)  # Table 5
+PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
+    "paper": dict(total_timesteps=300_000_000, num_envs=4096, num_steps=64, num_epochs=8, minibatch_size=2048, hidden_dim=512,
+                  actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, eval_interval=50,
+                  checkpoint_interval=20, target_entropy_scale=0.665),
+    "cpu": dict(total_timesteps=200_000, num_envs=16, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
+                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=20,
+                checkpoint_interval=20, target_entropy_scale=0.665)}
+ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
+STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
+TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
+INITIAL_DUAL, PRIOR_LOGITS = 0.01, 40.0  # alpha and lambda at the start; scale of the critic's bias, so that Q starts near 0
+SCRIPT = pathlib.Path(__file__).stem
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's: this process, all of them
+# ------------------------------------------------------------------------------------------------------- arguments
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the suite."""
+    env_id: str = "Isaac-Velocity-Rough-G1"  # task of Isaac Lab or mjlab, or module:id of one that the module registers
+    exp_name: str = "trudi_isaaclab"  # part of the run folder's name
+    seed: int = 1  # of everything: networks, noise, environments
+    preset: Literal["paper", "cpu"] = "paper"  # sizes: the paper's Table 5, or small ones for two CPU cores
+    action_scale: float = 1.0  # the simulator's boxes are unbounded and it gets actions in [-this, this]; see README.md
+    log_dir: str = "runs"  # parent of the run folders
+    num_envs: int | None = None  # parallel environments, over all processes
+    num_steps: int | None = None  # steps of each environment in a rollout
+    num_epochs: int | None = None  # passes over a rollout
+    minibatch_size: int | None = None  # states in a gradient step, over all processes
+    gamma: float | None = None  # discount
+    td_lambda: float = 0.95  # lambda of the critic's lambda-returns
+    actor_learning_rate: float | None = None  # of Adam
+    critic_learning_rate: float | None = None  # of Adam
+    dual_learning_rate: float | None = None  # of Adam, for log alpha and log lambda
+    max_grad_norm: float = 0.5  # global-norm clip, of actor and critic apart
+    hidden_dim: int | None = None  # width of actor and critic
+    num_diffusion_steps: int = 8  # denoising steps N
+    prior_std: float = 2.5  # standard deviation of the noise a^N
+    learn_friction: bool = True  # learn the step sizes, one factor for each action dimension
+    trust_region_bound: float = 0.1  # epsilon: nats of trajectory KL that a state may move in an iteration
+    target_entropy_scale: float | None = None  # the target is minus this for each action dimension, in nats
+    v_min: float | None = None  # lowest atom of the critic
+    v_max: float | None = None  # highest atom of the critic
+    num_atoms: int = 151  # atoms of the critic
+    # The flags from here on may differ when a run is continued or evaluated.
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
+    physics: str = "newton_mjwarp"  # engine of Isaac Lab 3.0; this one needs no Kit, isaacsim_physx does
+    compile: bool | None = None  # torch.compile and CUDA graphs; default: on a GPU only
+    total_timesteps: int | None = None  # environment steps, over all environments
+    eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"  # probability-flow ODE, a sample, or the best of K by Q
+    ode_score_scale: float = 1.0  # c of the ODE: 0.5 keeps the marginals, 1 is greedier
+    best_of_k: int = 10  # K of best-of-k
+    eval_interval: int | None = None  # iterations between evaluations; the last one is always followed by one
+    checkpoint_interval: int | None = None  # iterations between checkpoints, likewise
+    capture_video: bool = False  # write an mp4 of one episode at each evaluation
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "trudi"  # its project
+    wandb_entity: str | None = None  # its team
+    resume: str | None = None  # run folder to continue, with its own arguments
+    evaluate: str | None = None  # run folder to evaluate, without training
+    batch_size: tyro.conf.Suppress[int] = 0  # environment steps in an iteration, computed
+    num_iterations: tyro.conf.Suppress[int] = 0  # computed; as in CleanRL, steps that do not fill one are left out
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+def is_mjlab(args: Args) -> bool:
+    """Whether a task is mjlab's and not Isaac Lab's, as its id tells."""
+    return args.env_id.rpartition(":")[2].startswith("Mjlab-")
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on task, preset and machine; exit with code 2 on what cannot run."""
+    module, _, name = args.env_id.rpartition(":")
+    known = [*TASKS, *TASKS.values(), *MJLAB]
+    if not module and name not in known and not name.startswith("Isaac"):  # which has more tasks than the paper
+        near = difflib.get_close_matches(name, known, 3, 0.4) or known[:3]
+        fail(f"unknown --env-id {name}; the nearest are {', '.join(near)}")
+    package, install = ("mjlab", "mjlab==1.6.0") if is_mjlab(args) else ("isaaclab", "isaaclab==3.0.0, on Python 3.12 only")
+    if not util.find_spec(package):
+        fail(f"--env-id {args.env_id} needs {package}; pip install {install}")
+    if module and not util.find_spec(module.split(".")[0]):
+        fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
+    values = SUITE | PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
+    size = values["num_envs"] * values["num_steps"]
+    args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
+    may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
+    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
+    split = ("--num-envs", "--minibatch-size")
+    rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
+        (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
+        (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
+        (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
+        (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
+        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
+         f"--num-envs x --num-steps = {args.batch_size}"),
+        *((numbers[k] % WORLD == 0, f"{k} {numbers[k]} does not divide over {WORLD} processes") for k in split)]
+    for message in (message for holds, message in rules if not holds):
+        fail(message)
+    return args
+
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, they start from those of that run."""
+    args = tyro.cli(Args)
+    run = args.resume or args.evaluate
+    if not run:
+        return resolve(args)
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        own = Args(**saved["args"] | {"resume": None, "evaluate": None})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+    args = tyro.cli(Args, default=own)
+    for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
+        if getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
+    return resolve(args)
+
+def launch() -> tuple[Args, Any]:
+    """Arguments and, with Isaac Lab 2.3, its app: Kit, which must start before PyTorch is imported."""
+    args = parse()
+    app = None if is_mjlab(args) else import_module("isaaclab.app")
+    if not app or hasattr(app, "launch_simulation"):
+        return args, None
+    device = "cpu" if args.device == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return args, app.AppLauncher(headless=True, device=device, enable_cameras=args.capture_video).app
+
+STARTED = launch() if __name__ == "__main__" else None
+
+import tensorboardX
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------- environment
+Agent = namedtuple("Agent", "args device env time_limit sample update")  # `sample`, `update`: sample_policy, update_minibatch
+# A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
+# that acted (N, A), rewards, how episodes ended, true next observations.
+Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation")
+
+def find_task(env_id: str, registered: Callable) -> str:
+    """A task's name in what is installed, after its module is imported; exits with code 2 if there is none."""
+    module, _, name = env_id.rpartition(":")
+    try:
+        import_module(module) if module else None
+    except ImportError as error:
+        fail(f"--env-id {env_id}: its module cannot be imported ({error})")
+    other, tasks = TASKS | {new: old for old, new in TASKS.items()}, list(registered())
+    for found in {name, other.get(name)} & set(tasks):
+        return found
+    near = difflib.get_close_matches(name, tasks, 3, 0.4)
+    return fail(f"unknown --env-id {env_id}; the nearest that are installed are {', '.join(near) or 'none'}")
+
+def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.ExitStack) -> Any:
+    """This process's environments; the stack closes them, then their simulator. Exits with code 2 if there is no such task."""
+    if is_mjlab(args):
+        registry, envs, _ = map(import_module, ("mjlab.tasks.registry", "mjlab.envs", "mjlab.tasks"))
+        cfg = registry.load_env_cfg(find_task(args.env_id, registry.list_tasks))
+        cfg.scene.num_envs, cfg.seed, cfg.auto_reset = args.num_envs // WORLD, seed, False  # it says how episodes end only so
+        env = envs.ManagerBasedRlEnv(cfg, device, "rgb_array" if args.capture_video else None)
+        return stack.enter_context(contextlib.closing(env))
+    gym, tasks = import_module("gymnasium"), import_module("isaaclab_tasks.utils")
+    name, options = find_task(args.env_id, gym.registry.keys), dict(device=device, num_envs=args.num_envs // WORLD)
+    cfg = tasks.parse_env_cfg(name, **options | ({} if kit else dict(overrides=[f"physics={args.physics}"])))
+    cfg.seed, cfg.compute_final_obs = seed, True  # 2.3 has no such observations and leaves the second unread
+    if args.capture_video and not kit:
+        viewer = import_module("isaaclab_visualizers.newton").NewtonGLVisualizerCfg
+        cfg.sim.visualizer_cfgs = [viewer(headless=True, window_width=640, window_height=480)]
+    app = contextlib.closing(kit) if kit else import_module("isaaclab.app").launch_simulation(cfg, {"device": device})
+    stack.enter_context(app)  # which may end the process when it is closed
+    env = gym.make(name, cfg=cfg, render_mode="rgb_array" if kit and args.capture_video else None)
+    return stack.enter_context(contextlib.closing(env)).unwrapped
+
+def observe(groups: dict[str, Tensor]) -> Tensor:
+    """Observations (E, O) of both networks: a group for the actor and, if there is one, a group for the critic."""
+    actor = groups["policy" if "policy" in groups else "actor"]
+    return torch.cat([actor, groups["critic"]], -1) if "critic" in groups else actor.clone()
+
+def restart(agent: Agent, state: "TrainState", spread: bool) -> None:
+    """Start all episodes anew; `spread` starts their clocks anywhere in an episode, so that time-outs do not coincide."""
+    state.observation.copy_(observe(agent.env.reset()[0]))
+    state.episode.zero_()[2] = not spread
+    if spread:
+        clock = agent.env.episode_length_buf
+        clock.copy_(torch.randint_like(clock, agent.time_limit))
+
+def step_env(agent: Agent, state: "TrainState", action: Tensor) -> tuple[tuple, Tensor, dict[str, Any]]:
+    """Step and restart episodes that end, changing `state`; returns Transition's fields from reward on, then (3, E) which whole
+    episodes ended here, with return and length, and what the simulator logs of episodes that ended."""
+    env, before = agent.env, state.observation.clone()
+    groups, reward, terminated, truncated, extras = env.step(agent.args.action_scale * action)
+    reward, terminated, truncated = (x.clone() for x in (reward, terminated, truncated))  # the simulator uses them again
+    ended, after, log = terminated | truncated, observe(groups), {}
+    going_on, last = after, after
+    if ended.any():
+        if not getattr(env.cfg, "auto_reset", True):  # mjlab
+            after = torch.where(ended[:, None], observe(env.reset(env_ids=ended.nonzero()[:, 0])[0]), after)
+        else:  # Isaac Lab 2.3 does not tell how an episode ended: a time-out bootstraps from the state before
+            last = observe(extras["final_obs"]) if "final_obs" in extras else before
+        log = dict(extras.get("log", {}))
+    state.episode[:2] += torch.stack([reward, torch.ones_like(reward)])
+    finished = torch.stack([ended * state.episode[2], *state.episode[:2]])
+    state.episode[:2] *= ~ended
+    state.episode[2].clamp_(min=ended.float())
+    state.observation.copy_(after)
+    outcome = reward, terminated, truncated & ~terminated, torch.where(ended[:, None], last, going_on)
+    return outcome, finished, log
+
+def everywhere(x: Tensor) -> Tensor:
+    """A tensor of every process, one after the other along the first axis."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
+def update_statistics(statistics: Statistics, observations: Tensor) -> Statistics:
+    """Merge observations (T, E, .) of all processes into the moments: Welford's update for batches (Chan et al., 1979)."""
+    x = everywhere(observations.flatten(0, 1))
+    n, m, old = statistics.count, len(x), statistics.moments
+    delta, weight = x.mean(0) - old[0], m / (n + m)
+    variance = (1 - weight) * (old[1] + weight * delta**2) + weight * x.var(0, correction=0)
+    return Statistics(n + m, torch.stack([old[0] + weight * delta, variance]))
+
+def normalize(statistics: Statistics, observation: Tensor) -> Tensor:
+    """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
+    return ((observation - statistics.moments[0]) / torch.sqrt(statistics.moments[1] + 1e-2)).clamp(-10, 10)
+# -------------------------------------------------------------------------------------------------------- networks
+class Actor(nn.Module):
+    """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        self.num_steps, self.prior_std, width = args.num_diffusion_steps, args.prior_std, args.hidden_dim
+        self.observation_size = observation_size  # the actor sees the first columns of an observation
+        self.time_mlp = nn.ModuleList([linear(TIME_FEATURES, TIME_FEATURES) for _ in range(2)])
+        self.input = linear(observation_size + action_size + TIME_FEATURES, width)
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in range(3)])
+        self.hidden = nn.ModuleList([linear(width, width) for _ in range(3)])
+        self.output = linear(width, action_size)
+        nn.init.zeros_(self.output.weight)  # so that the untrained policy is the prior's own process whatever it observes
+        friction = torch.full((action_size,), math.log(math.e - 1))  # softplus makes it 1
+        self.raw_friction = nn.Parameter(friction, requires_grad=args.learn_friction)
+    def step_sizes(self) -> Tensor:
+        """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
+        n = torch.arange(1, self.num_steps + 1, device=self.raw_friction.device)[:, None] / self.num_steps
+        cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
+        return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / F.softplus(self.raw_friction)
+    def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
+        n, half = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None], TIME_FEATURES // 2
+        angle = n * 10000.0 ** (-torch.arange(half, device=n.device) / half)
+        time = torch.cat([torch.sin(angle), torch.cos(angle)], -1)
+        time = self.time_mlp[1](F.gelu(self.time_mlp[0](time), approximate="tanh"))  # JAX's form of it
+        weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]
+        return F.linear(seen, weight[:, :self.observation_size], bias), F.linear(time, weight[:, -TIME_FEATURES:])
+    def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
+        """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
+        weight = self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
+        x = state + time + F.linear(latent, weight)
+        for norm, hidden in zip(self.norms, self.hidden, strict=True):
+            x = x + F.gelu(hidden(norm(x)), approximate="tanh")
+        return self.output(x)
+
+class Critic(nn.Module):
+    """Categorical distributions of the return, whose mean is Q(s, u)."""
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
+        self.observation_size = observation_size  # the critic sees the last columns of an observation
+        self.hidden = nn.ModuleList([linear(size, width) for size in sizes])
+        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in sizes])
+        self.output = linear(width, args.num_atoms)
+        self.output.bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Logits (B, atoms)."""
+        x = torch.cat([observation[..., -self.observation_size:], action], -1)
+        for hidden, norm in zip(self.hidden, self.norms, strict=True):
+            x = F.silu(norm(hidden(x)))
+        return self.output(x)
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as flax makes it: weights of variance 1 / inputs, cut at two standard deviations, and no bias."""
+    layer = nn.Linear(inputs, outputs)
+    std = inputs**-0.5 / 0.87962566  # of the normal that has unit variance once it is cut
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+# ------------------------------------------------------------------------------------------------- diffusion chain
+# Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
+Chain = namedtuple("Chain", "action entropy_bound latents means")
+def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
+    """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
+    (state, time), h, variance = actor.embed(observation), actor.step_sizes()[:, None], actor.prior_std**2
+    latents, means = [actor.prior_std * noise[-1]], []
+    for h_n, std, time_n, xi in reversed(list(zip(h, torch.sqrt(2 * h), time, noise[:-1], strict=True))):
+        latent = latents[-1]
+        means.append(latent + h_n * (actor(state, time_n, latent) - latent / variance))  # Eq. 186, discretising Eq. 5
+        latents.append(means[-1] + std * xi)  # Eq. 31
+    means, latents = torch.stack(means[::-1]), torch.stack(latents[::-1])
+    # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
+    noising = (latents[1:] - latents[:-1] * (1 - h / variance)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
+    log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
+    prior = -0.5 * noise[-1] ** 2 - math.log(actor.prior_std * math.sqrt(2 * math.pi))
+    last = latents[0]
+    tanh_log_det = 2 * (math.log(2.0) - last - F.softplus(-2 * last))  # of 1 - tanh^2; finite where tanh rounds to 1
+    bound = log_ratio - prior + tanh_log_det  # Eq. 117, Eq. 180 (E1: its sign)
+    return Chain(torch.tanh(latents[0]), bound.sum(-1), latents[1:].transpose(0, 1), means.transpose(0, 1))
+
+def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: float) -> Tensor:
+    """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
+    (state, time), latent = actor.embed(observation), actor.prior_std * noise
+    for h, time_n in reversed(list(zip(actor.step_sizes(), time, strict=True))):
+        score = -latent / actor.prior_std**2 + actor(state, time_n, latent) / 2
+        latent = latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score)  # Eq. 185, Eq. 187
+    return torch.tanh(latent)
+
+def trajectory_kl(actor: Actor, observation: Tensor, latents: Tensor, means: Tensor, old_h: Tensor) -> Tensor:
+    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
+    closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
+    (state, time), h = actor.embed(observation), actor.step_sizes()
+    new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
+    kl = 0.5 * (old_h / h - 1 - torch.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
+    return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
+# ---------------------------------------------------------------------------------------------- critic and targets
+def hl_gauss(args: Args, returns: Tensor) -> Tensor:
+    """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
+    width = (args.v_max - args.v_min) / (args.num_atoms - 1)
+    edges = torch.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1, device=returns.device)
+    centre = returns.clamp(args.v_min, args.v_max)[..., None]
+    cdf = torch.special.ndtr((edges - centre) / (HL_GAUSS_SIGMA * width))
+    return torch.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
+
+def q_value(args: Args, logits: Tensor) -> Tensor:
+    """Q (...) of the critic's logits (..., atoms)."""
+    return torch.softmax(logits, -1) @ torch.linspace(args.v_min, args.v_max, args.num_atoms, device=logits.device)
+
+def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Tensor, value: Tensor, bonus: Tensor) -> Tensor:
+    """Soft lambda-returns, everything (T, E); `value` is Q and `bonus` alpha l at the true next observations."""
+    targets, later = torch.empty_like(reward), value[-1]  # bootstrapped where the rollout ends
+    for t in reversed(range(len(reward))):
+        mixture = torch.where(truncated[t], value[t], (1 - args.td_lambda) * value[t] + args.td_lambda * later)
+        # Chosen, not multiplied by 0: what follows a termination may be NaN.
+        later = reward[t] + args.gamma * torch.where(terminated[t], 0.0, bonus[t] + mixture)  # Eq. 118, Eq. 179 (E2, E12)
+        targets[t] = later
+    return targets
+# ------------------------------------------------------------------------------------------------ losses, learning
+# All that learns: actor, critic, logarithms of the duals alpha and lambda (2,), and Adam for the three.
+Learner = namedtuple("Learner", "actor critic log_duals actor_opt critic_opt dual_opt")
+PARTS = ("actor", "critic", "actor_opt", "critic_opt", "dual_opt")  # of these, those that have a state_dict
+# B states: normalised observations, and from the rollout actions, old chains and lambda-returns.
+Batch = namedtuple("Batch", "observation action latents means target")
+UPDATE_METRICS = ("losses/critic", "losses/actor", "entropy/bound", "trust_region/kl", "trust_region/violated")
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
+    """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
+    return F.cross_entropy(critic(batch.observation, batch.action), hl_gauss(args, batch.target))
+
+def actor_loss(actor: Actor, args: Args, critic: Critic, log_duals: Tensor, batch: Batch, old_h: Tensor, noise: Tensor
+               ) -> tuple[Tensor, Tensor, Tensor]:
+    """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
+    alpha, lambda_ = log_duals.detach().exp()
+    chain = sample_chain(actor, batch.observation, noise)
+    q = q_value(args, critic(batch.observation, chain.action))
+    improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
+    kl = trajectory_kl(actor, batch.observation, batch.latents, batch.means, old_h)
+    loss = torch.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
+    return loss.mean(), chain.entropy_bound.detach(), kl.detach()
+
+def dual_loss(log_duals: Tensor, args: Args, bound: Tensor, kl: Tensor, action_size: int) -> Tensor:
+    """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
+    surplus = bound.mean() + args.target_entropy_scale * action_size
+    excess = kl.mean() - args.trust_region_bound
+    alpha, lambda_ = log_duals.exp()
+    return alpha * surplus - lambda_ * excess  # Eq. 183, Eq. 184 (E4)
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
+    """One step down a loss's gradient, which is averaged over the processes and cut at a global norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss, parameters)
+    if WORLD > 1:
+        flat = torch.cat([x.flatten() for x in gradients]) / WORLD
+        dist.all_reduce(flat)
+        gradients = flat.split([x.numel() for x in gradients])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, noise: Tensor) -> Tensor:
+    """One gradient step each of critic, actor and duals; returns numbers of UPDATE_METRICS."""
+    value = critic_loss(learner.critic, args, batch)
+    descend(learner.critic_opt, value, args.max_grad_norm)
+    loss, bound, kl = actor_loss(learner.actor, args, learner.critic, learner.log_duals, batch, old_h, noise)
+    descend(learner.actor_opt, loss, args.max_grad_norm)
+    descend(learner.dual_opt, dual_loss(learner.log_duals, args, bound, kl, batch.action.shape[-1]))
+    return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), (kl > args.trust_region_bound).float().mean()])
+
+def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[str, Tensor]:
+    """All epochs of shuffled minibatches; metrics are means over the last epoch."""
+    args, size = agent.args, len(data.action)
+    for _ in range(args.num_epochs):
+        metrics = []
+        for rows in torch.randperm(size, device=agent.device).split(args.minibatch_size // WORLD):
+            noise = torch.randn(args.num_diffusion_steps + 1, len(rows), data.action.shape[-1], device=agent.device)
+            metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
+    return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
+# ------------------------------------------------------------------------------------------------------- iteration
+# What a checkpoint holds, then where the environments are, changed in place: observations (E, O), and of each one's episode the
+# return and length so far and whether it is acted in from its first step on (3, E).
+TrainState = namedtuple("TrainState", "learner statistics iteration observation episode")
+def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees: int, action_size: int) -> Learner:
+    """Networks that see so many columns of an observation, duals and Adam, from the seed; the same in every process."""
+    torch.manual_seed(args.seed)
+    actor, critic = Actor(args, actor_sees, action_size).to(device), Critic(args, critic_sees, action_size).to(device)
+    log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
+    graphs = device.type == "cuda" and WORLD == 1 and args.compile is not False
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=graphs)
+    return Learner(actor, critic, log_duals, adam([p for p in actor.parameters() if p.requires_grad], args.actor_learning_rate),
+                   adam(critic.parameters(), args.critic_learning_rate), adam([log_duals], args.dual_learning_rate))
+
+def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor) -> tuple[Chain, Tensor]:
+    """Chains of the actor at raw observations, and the normalised ones."""
+    seen = normalize(Statistics(None, moments), observation)
+    noise = torch.randn(args.num_diffusion_steps + 1, len(seen), actor.raw_friction.numel(), device=seen.device)
+    return sample_chain(actor, seen, noise), seen
+
+@torch.no_grad()
+def collect(agent: Agent, state: TrainState) -> tuple[Transition, dict[str, Tensor]]:
+    """Act for T steps with samples of the policy, keeping their chains; returns metrics of the episodes that ended, too."""
+    steps, episodes, logs = [], [], {}
+    for _ in range(agent.args.num_steps):
+        observation = state.observation.clone()
+        chain, _ = agent.sample(state.statistics.moments, observation)
+        action = chain.action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+        outcome, finished, log = step_env(agent, state, action)
+        steps.append((observation, action, chain.latents, chain.means, *outcome))
+        episodes.append(finished)
+        for name, value in log.items():
+            logs.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float32, device=agent.device).mean())
+    ended, total, length = torch.stack(episodes, 1)
+    metrics = {name: torch.stack(values).mean() for name, values in logs.items()}
+    metrics["charts/episodes"] = ended.sum() * WORLD  # `averages` makes it all processes'
+    if ended.any():
+        metrics["charts/episodic_return"] = (ended * total).sum() / ended.sum()
+        metrics["charts/episodic_length"] = (ended * length).sum() / ended.sum()
+    return Transition(*(torch.stack(x) for x in zip(*steps, strict=True))), metrics
+
+def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> Tensor:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
+    value, bonus = [], []
+    for observation in data.next_observation:
+        chain, seen = agent.sample(statistics.moments, observation)
+        value.append(q_value(agent.args, learner.critic(seen, chain.action)))
+        bonus.append(learner.log_duals[0].exp() * chain.entropy_bound)
+    return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, torch.stack(value), torch.stack(bonus))
+
+def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> tuple[Statistics, dict[str, Tensor]]:
+    """Learn from a rollout: targets, epochs of updates, observation statistics."""
+    args = agent.args
+    with torch.no_grad():
+        # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
+        # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
+        merged = update_statistics(statistics, data.observation)
+        statistics = statistics if statistics.count else merged
+        target = critic_targets(agent, learner, statistics, data)
+        batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
+        batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
+        # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
+        rows = torch.randperm(len(batch.action), device=agent.device)[:args.minibatch_size // WORLD]
+        old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
+        noise = torch.randn(args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
+        fresh = sample_chain(learner.actor, some.observation, noise)
+    metrics = learn(agent, learner, batch, old_h)
+    with torch.no_grad():
+        metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
+                    for name, x in (("stored", some), ("fresh", fresh))}
+        alpha, lambda_ = learner.log_duals.exp()
+        return merged, metrics | {
+            "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
+            "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
+            "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean()}
+
+def advance(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
+    """One iteration: a rollout and what is learned from it."""
+    # Noise from seed, process and iteration: a run that is continued needs no other state.
+    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration]).generate_state(1)[0]))
+    data, episodes = collect(agent, state)
+    statistics, metrics = improve(agent, state.learner, state.statistics, data)
+    return state._replace(statistics=statistics, iteration=state.iteration + 1), metrics | episodes
+# ------------------------------------------------------------------------------------------------------ evaluation
+def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Tensor) -> Tensor:
+    """Actions (B, A) at raw observations, as --eval-mode says."""
+    args, seen = agent.args, normalize(statistics, observation)
+    if args.eval_mode == "ode":
+        noise = torch.randn(len(seen), learner.actor.raw_friction.numel(), device=agent.device)
+        return ode_action(learner.actor, seen, noise, args.ode_score_scale)
+    count = args.best_of_k if args.eval_mode == "best-of-k" else 1
+    actions = torch.stack([sample_policy(args, learner.actor, statistics.moments, observation)[0].action for _ in range(count)])
+    q = torch.stack([q_value(args, learner.critic(seen, action)) for action in actions])
+    return actions[q.argmax(0), torch.arange(len(seen), device=agent.device)]
+
+@torch.no_grad()
+def play(agent: Agent, state: TrainState, folder: str | pathlib.Path) -> dict[str, Tensor]:
+    """Metrics of one episode of each environment; --capture-video films it. There is one simulation in a process, so training's
+    episodes end here and new ones start."""
+    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration, 1]).generate_state(1)[0]))
+    restart(agent, state, spread=False)
+    first, frames = torch.zeros_like(state.episode), []
+    for _ in range(agent.time_limit):
+        action = evaluation_action(agent, state.learner, state.statistics, state.observation)
+        if agent.args.capture_video and RANK == 0:
+            viewers = getattr(agent.env.sim, "visualizers", None)  # Isaac Lab 3.0's
+            frames.append(viewers[0].render_rgb_array() if viewers else agent.env.render())
+        _, finished, _ = step_env(agent, state, action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
+        first = torch.where(first[0] > 0, first, finished * finished[0])
+        if first[0].all():
+            break
+    if frames:
+        path = pathlib.Path(folder, "videos", f"step_{state.iteration * agent.args.batch_size}.mp4")
+        path.parent.mkdir(exist_ok=True)
+        import_module("imageio").mimsave(path, frames, fps=round(1 / agent.env.step_dt))
+    restart(agent, state, spread=True)
+    _, total, length = everywhere(first.T).T
+    return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(correction=0),
+            "eval/episodic_length": length.mean()}
+# -------------------------------------------------------------------------------------- run folder and checkpoints
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
+    """Write all that training continues from but the simulator's own state, and the seconds it took; keep the last three."""
+    folder, learner = run / "checkpoints", state.learner
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {name: getattr(learner, name).state_dict() for name in PARTS} | state.statistics._asdict()
+    content |= {"log_duals": learner.log_duals.detach(), "iteration": state.iteration, "wall_time": wall_time}
+    torch.save(content, folder / "unfinished")
+    (folder / "unfinished").replace(folder / f"{step}.pt")  # so that a file of this name is complete
+    for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
+        path.unlink()
+
+def read_checkpoint(run: str | None) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read. Nothing in it is executed."""
+    if not run:
+        return {}
+    try:
+        newest = max(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
+        return torch.load(newest, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
+
+def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
+    """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
+    try:
+        for name in PARTS:
+            getattr(state.learner, name).load_state_dict(saved[name])
+        for optimizer in state.learner[-3:]:  # for this device, which need not be that of the run so far
+            optimizer.param_groups[0]["capturable"] = optimizer.defaults["capturable"]
+        state.learner.log_duals.data.copy_(saved["log_duals"])
+        moments = state.statistics.moments.copy_(saved["moments"])
+        return state._replace(statistics=Statistics(saved["count"], moments), iteration=saved["iteration"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        fail(f"the checkpoint is not of this run: {str(error)[:300]}")
+
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
+    device = f"{WORLD} x {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores"
+    return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
+            "versions": {d.name: d.version for d in metadata.distributions()}}
+
+def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
+    """Write args.json and open metrics.jsonl and TensorBoard, to go on after this step; returns their logger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
+    if args.track:
+        import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+                                    name=folder.name, dir=str(folder), sync_tensorboard=True)
+    path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+    if path.exists():  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
+        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+        path.with_suffix(".tmp").write_text("".join(lines))
+        path.with_suffix(".tmp").replace(path)
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+    return log
+# -------------------------------------------------------------------------------------------------------- training
+def open_device(args: Args) -> torch.device:
+    """This process's device, set up; processes that torchrun started join, and only the first of them prints."""
+    gpu = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True  # TF32 on GPUs that have it, JAX's default there
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
+    if WORLD > 1:
+        dist.init_process_group("nccl" if gpu else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+def compiled(args: Args, device: torch.device, learner: Learner) -> tuple[Callable, Callable]:
+    """sample_policy and update_minibatch, with --compile compiled and on a GPU made CUDA graphs."""
+    sample, update = functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)
+    gpu = device.type == "cuda"
+    if args.compile or (args.compile is None and gpu):
+        sample, update = torch.compile(sample), torch.compile(update)
+        if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
+            graph = functools.partial(import_module("tensordict.nn").CudaGraphModule, warmup=5)
+            sample, update = graph(sample), graph(update)
+    return sample, update
+
+def prepare_run(args: Args, device: torch.device, env: Any, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
+    """A training state, new or a checkpoint's, and the first episodes."""
+    groups, _ = env.reset()
+    if any(not isinstance(x, Tensor) or x.ndim != 2 for x in groups.values()) or env.single_action_space.shape is None:
+        fail(f"{args.env_id} must have vectors for observation groups and continuous actions")
+    observation = observe(groups)
+    sizes = [groups[x].shape[-1] for x in ("policy", "actor", "critic") if x in groups]
+    learner = init_learner(args, device, sizes[0], sizes[-1], env.single_action_space.shape[-1])
+    state = TrainState(learner, Statistics(0, torch.zeros(2, observation.shape[-1], device=device)), 0, observation,
+                       torch.zeros(3, len(observation), device=device))
+    state = fill_state(state, saved) if saved else state
+    agent = Agent(args, device, env, env.max_episode_length, *compiled(args, device, learner))
+    restart(agent, state, spread=True)
+    return agent, state
+
+def averages(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the processes, of each number over those that have it; the device is read from once."""
+    everyone: list[Any] = [dict(zip(metrics, torch.stack([x.float() for x in metrics.values()]).tolist(), strict=True))] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everyone, everyone[0])
+    return {name: float(np.mean([x[name] for x in everyone if name in x])) for name in functools.reduce(dict.__or__, everyone)}
+
+def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, evaluate: Callable) -> int:
+    """The training loop; returns the process's exit code."""
+    args, done, received = agent.args, state.iteration, []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
+        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+    folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    log = open_run(folder, args, done * args.batch_size) if RANK == 0 else lambda *_: None
+    started, code = time.perf_counter() - wall_time, 0
+    while done < args.num_iterations and not code:
+        began = time.perf_counter()
+        state, metrics = iterate(agent, state)
+        done, step = state.iteration, state.iteration * args.batch_size
+        signals = {"signal": torch.tensor(received[0], device=agent.device)} if received else {}
+        metrics = averages(metrics | signals)
+        metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
+        finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
+        code = 1 if not finite else 128 + int(metrics.pop("signal")) if "signal" in metrics else 0
+        if not code and (done == args.num_iterations or done % args.eval_interval == 0):
+            found = {name: float(x) for name, x in evaluate(agent, state, folder).items()}
+            metrics |= found
+            eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+            print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min ",
+                  *(f"{name.removeprefix('eval/')} {x:.2f}" for name, x in found.items()), sep="  ", flush=True)
+        log(step, time.perf_counter() - started, metrics)
+        if not finite and RANK == 0:
+            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
+        if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):
+            save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
+    print(folder)
+    return code
+
+def main(args: Args, kit: Any) -> None:
+    """Make the environments, then train, resume or evaluate."""
+    if args.device == "gpu" and not torch.cuda.is_available():
+        fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
+    saved, device = read_checkpoint(args.resume or args.evaluate), open_device(args)
+    print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
+    seed = int(np.random.SeedSequence([args.seed, RANK, saved.get("iteration", 0)]).generate_state(1)[0] >> 1)
+    with contextlib.ExitStack() as stack:
+        env = make_env(args, str(device), seed, kit, stack)
+        agent, state = prepare_run(args, device, env, saved)
+        if args.evaluate:
+            print(json.dumps({name: float(x) for name, x in play(agent, state, args.evaluate).items()}))
+        code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)), advance, play)
+        if WORLD > 1:
+            dist.barrier()  # torchrun ends all processes with the first that a signal stopped, and one is still saving
+            dist.destroy_process_group()
+        if args.track and RANK == 0:
+            import_module("wandb").finish()  # all is written before Kit, closing, may end the process
+        sys.stdout.flush()
+        sys.exit(code)
+
+if __name__ == "__main__":
+    main(*STARTED)
