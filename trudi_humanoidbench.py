@@ -172,11 +172,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 def load_agent(args: Args) -> Agent:
-    """Find out a task's sizes and lay out the devices. Exits with code 2 if the task can't be made."""
+    """Find out a task's sizes and lay out the devices. Exits with code 2 if the task can't be made or, for a video, drawn."""
     try:
         env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
-    except Exception as error:  # whatever a simulator or its missing parts raise
-        fail(f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]})")
+        env.reset()
+        if args.capture_video:
+            env.render()
+    except Exception as error:  # whatever a simulator, the parts that it lacks or a GL library raise
+        advice = "; to draw, set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)" * args.capture_video
+        fail(f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]}){advice}")
     sizes, bar = (env.observation_space.shape[0], env.action_space.shape[0]), getattr(env.unwrapped, "task", None)
     task = Task(*sizes, env.spec.max_episode_steps, getattr(bar, "success_bar", None), env.metadata.get("render_fps", 30))
     return Agent(args, task, jax.sharding.Mesh(jax.local_devices()[:args.num_devices], ("env",)))
@@ -590,14 +594,6 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
     content = iter([arrays[name] for name in expected])
     return jax.tree.map(lambda x: next(content) if x.size else np.zeros(x.shape, x.dtype), shapes)
 
-def check_renderer() -> None:
-    """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
-    try:
-        mujoco = import_module("mujoco")
-        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
-    except Exception as error:  # each GL library has its own, some while mujoco is imported
-        fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
-
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -648,27 +644,11 @@ def parse() -> tuple[Args, dict[str, Any]]:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
     return resolve(args), read_checkpoint(run)
 
-def compile_programs(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any, Any]:
-    """The training state, new or a checkpoint's, and `act`, `update` and `decide`, compiled."""
-    args, whole, split = agent.args, NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
-    init, key = functools.partial(new_state, agent), jax.random.PRNGKey(args.seed)
+def load_state(agent: Agent, saved: dict[str, Any]) -> TrainState:
+    """The training state, new or a checkpoint's, on every device."""
+    init, key = functools.partial(new_state, agent), jax.random.PRNGKey(agent.args.seed)
     state = fill_state(jax.eval_shape(init, key), saved["state"]) if saved else jax.jit(init)(key)
-    state = jax.device_put(state, whole)
-    def like(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
-    choose = jax.jit(functools.partial(decide, agent), out_shardings=whole)
-    observation = like(args.num_eval_envs, agent.env.observation_size)
-    choose = choose.lower(state.learner, state.statistics, observation, key).compile()
-    if args.evaluate:
-        return state, None, None, choose
-    observation, flag = like(args.num_envs, agent.env.observation_size), like(args.num_envs, dtype=bool)
-    sample = jax.jit(functools.partial(act, agent), out_shardings=split)
-    sample = sample.lower(state.learner.actor, state.statistics, observation, key)
-    step = Transition(observation, *sample.out_info, like(args.num_envs), flag, flag, observation)
-    over_time = NamedSharding(agent.mesh, P(None, "env"))
-    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((args.num_steps, *x.shape), x.dtype, sharding=over_time), step)
-    learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0)
-    return state, sample.compile(), learn_from.lower(state, data).compile(), choose
+    return jax.device_put(state, NamedSharding(agent.mesh, P()))
 
 def main() -> None:
     """Parse, start the simulators, compile, then train, resume or evaluate."""
@@ -677,20 +657,23 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir) or None)
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")
-        check_renderer()
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, render_mode, received = load_agent(args), "rgb_array" if args.capture_video else None, []
+    state, whole, split = load_state(agent, saved), NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
+    sample, choose = (jax.jit(functools.partial(f, agent), in_shardings=(whole, whole, split, whole)) for f in (act, decide))
     eval_envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, render_mode)
-    began = time.perf_counter()
-    state, act, update, decide = compile_programs(agent, saved)
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
     if args.evaluate:
-        print(json.dumps(play(agent, decide, eval_envs, state, args.evaluate)))
+        print(json.dumps(play(agent, choose, eval_envs, state, args.evaluate)))
         return
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     done = int(state.iteration)
     envs = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers)
+    began = time.perf_counter()
+    choose(state.learner, state.statistics, eval_envs.slots["observation"], np.asarray(state.key))
+    data, _ = collect(agent, sample, envs, state)  # environments that have not been reset stay idle: this only compiles
+    learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0).lower(state, data).compile()
+    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
     envs.reset(args.seed, done, 0, spread=True)
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     open_run(folder, args)
@@ -699,14 +682,14 @@ def main() -> None:
     started, code = time.perf_counter() - float(saved.get("wall_time", 0.0)), 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
-        data, episodes = collect(agent, act, envs, state)
-        state, metrics = update(state, data)
+        data, episodes = collect(agent, sample, envs, state)
+        state, metrics = learn_from(state, data)
         metrics = {name: float(x) for name, x in (jax.device_get(metrics) | episodes).items()}
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
         done, step = done + 1, (done + 1) * args.batch_size
         finite = all(np.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
-            metrics |= play(agent, decide, eval_envs, state, folder)
+            metrics |= play(agent, choose, eval_envs, state, folder)
             minutes = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
             bar.write(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.1f}  "
                       f"ETA {minutes:.1f} min")
