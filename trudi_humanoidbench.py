@@ -46,10 +46,9 @@ import tyro
 from flax import nnx
 from jax import Array, NamedSharding, P
 
-TASKS = [f"h1hand-{name}-v0" for name in (
-    "walk run stand crawl hurdle stair slide maze pole sit_simple sit_hard balance_simple balance_hard reach powerlift truck "
-    "package cabinet door window room bookshelf_simple bookshelf_hard spoon push basketball cube insert_normal insert_small "
-    "kitchen").split()]
+TASKS = [f"h1hand-{name}-v0" for name in ("walk run stand crawl hurdle stair slide maze pole sit_simple sit_hard "
+    "balance_simple balance_hard reach powerlift truck package cabinet door window room bookshelf_simple bookshelf_hard spoon "
+    "push basketball cube insert_normal insert_small kitchen").split()]
 SUITE = {"humanoidbench": dict(gamma=0.99, v_min=-250.0, v_max=250.0),  # Table 5
          "gymnasium": dict(gamma=0.99, v_min=-500.0, v_max=500.0)}
 PAPER = dict(total_timesteps=50_000_000, num_envs=128, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=256,
@@ -57,7 +56,7 @@ PAPER = dict(total_timesteps=50_000_000, num_envs=128, num_steps=128, num_epochs
              checkpoint_interval=20, target_entropy_scale=0.665)  # Table 5
 PRESET = {"paper": PAPER, "cpu": PAPER | dict(  # sizes measured on two cores, see README.md
     total_timesteps=1_000_000, num_envs=64, num_steps=64, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
-    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=20, checkpoint_interval=20)}
+    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=20)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
@@ -158,8 +157,7 @@ def resolve(args: Args) -> Args:
 # ---------------------------------------------------------------------------------------- environments and workers
 Agent = namedtuple("Agent", "args env mesh")  # what stays constant while training; compiled programs close over it
 Task = namedtuple("Task", "observation_size action_size time_limit success_bar fps")
-# A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
-# that acted (N, A), rewards, how episodes ended, true next observations.
+# A rollout, (T, E, ...): raw observations, clipped actions (A,), a^1 ... a^N and means of a^0 ... a^(N-1) as sampled (N, A).
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation")
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit."""
@@ -196,21 +194,19 @@ def reset_slot(env: gym.Env, slot: np.void) -> None:
 
 def step_slot(env: gym.Env, slot: np.void) -> None:
     """Step an environment and, at its episode's end, reset it; the true next observation stays beside the one to act on."""
-    observation, slot["reward"], terminated, truncated, info = env.step(slot["action"])
+    slot["observation"], slot["reward"], terminated, truncated, info = env.step(slot["action"])
     slot["terminated"], slot["truncated"] = terminated, truncated and not terminated
-    slot["next_observation"], slot["success"] = observation, info.get("success", np.nan)
+    slot["next_observation"], slot["success"] = slot["observation"], info.get("success", np.nan)
     if terminated or truncated:
         slot["total"], slot["length"] = info["episode"]["r"], info["episode"]["l"]
-        observation, _ = env.reset()
-    slot["observation"] = observation
+        slot["observation"], _ = env.reset()
 
-def work(pipe: Any, memory: Any, slot_type: np.dtype, rows: list[int], env_id: str, render_mode: str | None, patience: float
-         ) -> None:
+def work(pipe: Any, memory: Any, dtype: np.dtype, rows: list, env_id: str, render_mode: str | None, patience: float) -> None:
     """A worker process: resets or steps the environments `rows` until the pipe closes; tells the learner what goes wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the learner decides
     faulthandler.enable()  # says where a simulator crashed
     faulthandler.dump_traceback_later(patience, exit=True)  # says where it hangs, and ends the worker
-    slots, i = np.frombuffer(memory, slot_type), rows[0]
+    slots, i = np.frombuffer(memory, dtype), rows[0]
     def requests() -> Iterator[tuple[bool, int]]:
         while True:
             faulthandler.cancel_dump_traceback_later()
@@ -230,19 +226,17 @@ def work(pipe: Any, memory: Any, slot_type: np.dtype, rows: list[int], env_id: s
 class Simulators:
     """E environments, a slice in each of several worker processes; they share `slots` (E,), what is asked and comes of each."""
     def __init__(self, env_id: str, task: Task, num_envs: int, num_workers: int, render_mode: str | None = None):
-        vectors = {"action": task.action_size} | dict.fromkeys(("observation", "next_observation"), task.observation_size)
-        scalars = {"f4": "reward success total length", "u4": "seed", "?": "active spread terminated truncated"}
-        slot_type = np.dtype([(name, "f4", size) for name, size in vectors.items()] + [
-            (name, kind) for kind, names in scalars.items() for name in names.split()], align=True)
+        fields = {f"({task.observation_size},)f4": "observation next_observation", f"({task.action_size},)f4": "action",
+                  "f4": "reward success", "f8": "total length", "u4": "seed", "?": "active spread terminated truncated"}
+        dtype = np.dtype([(name, kind) for kind, names in fields.items() for name in names.split()], align=True)
         context, self.workers = multiprocessing.get_context("forkserver"), {}
-        memory = context.RawArray("b", num_envs * slot_type.itemsize)
-        self.slots = np.frombuffer(memory, slot_type)
-        for part in np.array_split(range(num_envs), min(num_workers, num_envs)):
-            rows, (pipe, other_end) = part.tolist(), context.Pipe()
-            worker = context.Process(target=work, daemon=True, args=(
-                other_end, memory, slot_type, rows, env_id, render_mode, PATIENCE))
+        memory = context.RawArray("b", num_envs * dtype.itemsize)
+        self.slots = np.frombuffer(memory, dtype)
+        for rows in map(list, np.array_split(range(num_envs), min(num_workers, num_envs))):
+            pipe, other = context.Pipe()
+            worker = context.Process(target=work, args=(other, memory, dtype, rows, env_id, render_mode, PATIENCE), daemon=True)
             worker.start()
-            other_end.close()
+            other.close()
             self.workers[f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}"] = worker, pipe
     def request(self, start: bool) -> None:
         """Have the active environments started or stepped; `frame` is then the first one's picture (H, W, 3), or None."""
@@ -481,13 +475,12 @@ def collect(agent: Agent, act: Callable, envs: Simulators, state: TrainState) ->
         rows.append((observation, *choice, envs.step(choice[0]).copy()))
     *before, after = zip(*rows, strict=True)
     after = np.stack(after)
-    # First episodes start with their clocks advanced: those that these cut off are left out.
-    ended = after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))
-    episodes = {"charts/episodes": ended.sum()}
-    if ended.any():  # else the rollout has no mean return
-        episodes |= {f"charts/episodic_{name}": after[field].astype(float).mean(where=ended)
-                     for name, field in (("return", "total"), ("length", "length"))}
     data = Transition(*map(jnp.stack, before), *(after[name] for name in Transition._fields[4:]))
+    # First episodes start with their clocks advanced: those that these cut off are left out.
+    ended = after[after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))]
+    episodes = {"charts/episodes": len(ended)}
+    if len(ended):  # else the rollout has no mean return
+        episodes |= {"charts/episodic_return": ended["total"].mean(), "charts/episodic_length": ended["length"].mean()}
     return jax.device_put(data, NamedSharding(agent.mesh, P(None, "env"))), episodes
 
 def critic_targets(agent: Agent, learner: Learner, data: Transition, next_seen: tuple[Array, Array], key: Array) -> Array:
@@ -644,12 +637,6 @@ def parse() -> tuple[Args, dict[str, Any]]:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
     return resolve(args), read_checkpoint(run)
 
-def load_state(agent: Agent, saved: dict[str, Any]) -> TrainState:
-    """The training state, new or a checkpoint's, on every device."""
-    init, key = functools.partial(new_state, agent), jax.random.PRNGKey(agent.args.seed)
-    state = fill_state(jax.eval_shape(init, key), saved["state"]) if saved else jax.jit(init)(key)
-    return jax.device_put(state, NamedSharding(agent.mesh, P()))
-
 def main() -> None:
     """Parse, start the simulators, compile, then train, resume or evaluate."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
@@ -659,7 +646,10 @@ def main() -> None:
         os.environ.setdefault("MUJOCO_GL", "egl")
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, render_mode, received = load_agent(args), "rgb_array" if args.capture_video else None, []
-    state, whole, split = load_state(agent, saved), NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
+    whole, split = NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
+    init, key = functools.partial(new_state, agent), jax.random.PRNGKey(args.seed)
+    state = fill_state(jax.eval_shape(init, key), saved["state"]) if saved else jax.jit(init)(key)
+    state = jax.device_put(state, whole)
     sample, choose = (jax.jit(functools.partial(f, agent), in_shardings=(whole, whole, split, whole)) for f in (act, decide))
     eval_envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, render_mode)
     if args.evaluate:
@@ -670,7 +660,7 @@ def main() -> None:
     done = int(state.iteration)
     envs = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers)
     began = time.perf_counter()
-    choose(state.learner, state.statistics, eval_envs.slots["observation"], np.asarray(state.key))
+    choose(state.learner, state.statistics, eval_envs.slots["observation"], key)
     data, _ = collect(agent, sample, envs, state)  # environments that have not been reset stay idle: this only compiles
     learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0).lower(state, data).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
