@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flax>=0.12", "gymnasium[mujoco]>=1.0", "imageio-ffmpeg>=0.5", "jax>=0.10", "optax>=0.2.5",
-#       "orbax-checkpoint>=0.11.20", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
+#       "orbax-checkpoint>=0.11.20", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tyro>=1.0", "wandb>=0.19.10"]
 # ///
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on HumanoidBench and Gymnasium, in one file.
 
@@ -41,7 +41,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tensorboardX
-import tqdm
 import tyro
 from flax import nnx
 from jax import Array, NamedSharding, P
@@ -668,7 +667,6 @@ def main() -> None:
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     open_run(folder, args)
     log = open_log(folder, done * args.batch_size)
-    bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
     started, code = time.perf_counter() - float(saved.get("wall_time", 0.0)), 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
@@ -681,17 +679,14 @@ def main() -> None:
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
             metrics |= play(agent, choose, eval_envs, state, folder)
             minutes = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-            bar.write(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.1f}  "
-                      f"ETA {minutes:.1f} min")
-            sys.stdout.flush()
+            print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.1f}  "
+                  f"ETA {minutes:.1f} min", flush=True)
         log(step, time.perf_counter() - started, metrics)
-        bar.update()
         code = (128 + received[0] if received else 0) if finite else 1
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
-    bar.close()
     print(folder)
     sys.exit(code)
 
