@@ -652,15 +652,15 @@ def main() -> None:
     if args.evaluate:
         print(json.dumps(play(agent, choose, eval_envs, state, args.evaluate)))
         return
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
-        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
-    done = int(state.iteration)
     envs = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers)
     began = time.perf_counter()
     choose(state.learner, state.statistics, eval_envs.slots["observation"], key)
     data, _ = collect(agent, sample, envs, state)  # environments that have not been reset stay idle: this only compiles
     learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0).lower(state, data).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
+        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+    done = int(state.iteration)
     envs.reset(args.seed, done, 0, spread=True)
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     open_run(folder, args)
