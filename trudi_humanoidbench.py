@@ -657,7 +657,7 @@ def main() -> None:
     choose(state.learner, state.statistics, eval_envs.slots["observation"], key)
     data, _ = collect(agent, sample, envs, state)  # environments that have not been reset stay idle: this only compiles
     learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0).lower(state, data).compile()
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    print(f"workers started, programs compiled in {time.perf_counter() - began:.1f} s", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     done = int(state.iteration)
