@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flax>=0.12", "gymnasium[mujoco]>=1.0", "imageio-ffmpeg>=0.5", "jax>=0.10", "optax>=0.2.5",
-#       "orbax-checkpoint>=0.11.20", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
+#       "orbax-checkpoint>=0.11.20", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tyro>=1.0", "wandb>=0.19.10"]
 # ///
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on HumanoidBench and Gymnasium, in one file.
 
@@ -41,23 +41,20 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tensorboardX
-import tqdm
 import tyro
 from flax import nnx
 from jax import Array, NamedSharding, P
 
-TASKS = [f"h1hand-{name}-v0" for name in (
-    "walk run stand crawl hurdle stair slide maze pole sit_simple sit_hard balance_simple balance_hard reach powerlift truck "
-    "package cabinet door window room bookshelf_simple bookshelf_hard spoon push basketball cube insert_normal insert_small "
-    "kitchen").split()]
-SUITE = {"humanoidbench": dict(gamma=0.99, v_min=-250.0, v_max=250.0),  # Table 5
-         "gymnasium": dict(gamma=0.99, v_min=-500.0, v_max=500.0)}
+TASKS = [f"h1hand-{name}-v0" for name in ("walk run stand crawl hurdle stair slide maze pole sit_simple sit_hard "
+    "balance_simple balance_hard reach powerlift truck package cabinet door window room bookshelf_simple bookshelf_hard spoon "
+    "push basketball cube insert_normal insert_small kitchen").split()]
+SUITE = {"humanoidbench": dict(v_min=-250.0, v_max=250.0), "gymnasium": dict(v_min=-500.0, v_max=500.0)}  # the former: Table 5
 PAPER = dict(total_timesteps=50_000_000, num_envs=128, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=256,
              actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=32, eval_interval=100,
-             checkpoint_interval=20, target_entropy_scale=0.665)  # Table 5
+             checkpoint_interval=20, target_entropy_scale=0.665, gamma=0.99)  # Table 5
 PRESET = {"paper": PAPER, "cpu": PAPER | dict(  # sizes measured on two cores, see README.md
     total_timesteps=1_000_000, num_envs=64, num_steps=64, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
-    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=20, checkpoint_interval=20)}
+    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=20)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
@@ -158,8 +155,7 @@ def resolve(args: Args) -> Args:
 # ---------------------------------------------------------------------------------------- environments and workers
 Agent = namedtuple("Agent", "args env mesh")  # what stays constant while training; compiled programs close over it
 Task = namedtuple("Task", "observation_size action_size time_limit success_bar fps")
-# A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
-# that acted (N, A), rewards, how episodes ended, true next observations.
+# A rollout, (T, E, ...): raw observations, clipped actions (A,), a^1 ... a^N and means of a^0 ... a^(N-1) as sampled (N, A).
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation")
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit."""
@@ -172,11 +168,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     return env if len(env.observation_space.shape or ()) == 1 else gym.wrappers.FlattenObservation(env)
 
 def load_agent(args: Args) -> Agent:
-    """Find out a task's sizes and lay out the devices. Exits with code 2 if the task can't be made."""
+    """Find out a task's sizes and lay out the devices. Exits with code 2 if the task can't be made or, for a video, drawn."""
     try:
         env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
-    except Exception as error:  # whatever a simulator or its missing parts raise
-        fail(f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]})")
+        env.reset()
+        if args.capture_video:
+            env.render()
+    except Exception as error:  # whatever a simulator, the parts that it lacks or a GL library raise
+        advice = "; to draw, set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)" * args.capture_video
+        fail(f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]}){advice}")
     sizes, bar = (env.observation_space.shape[0], env.action_space.shape[0]), getattr(env.unwrapped, "task", None)
     task = Task(*sizes, env.spec.max_episode_steps, getattr(bar, "success_bar", None), env.metadata.get("render_fps", 30))
     return Agent(args, task, jax.sharding.Mesh(jax.local_devices()[:args.num_devices], ("env",)))
@@ -192,21 +192,19 @@ def reset_slot(env: gym.Env, slot: np.void) -> None:
 
 def step_slot(env: gym.Env, slot: np.void) -> None:
     """Step an environment and, at its episode's end, reset it; the true next observation stays beside the one to act on."""
-    observation, slot["reward"], terminated, truncated, info = env.step(slot["action"])
+    slot["observation"], slot["reward"], terminated, truncated, info = env.step(slot["action"])
     slot["terminated"], slot["truncated"] = terminated, truncated and not terminated
-    slot["next_observation"], slot["success"] = observation, info.get("success", np.nan)
+    slot["next_observation"], slot["success"] = slot["observation"], info.get("success", np.nan)
     if terminated or truncated:
         slot["total"], slot["length"] = info["episode"]["r"], info["episode"]["l"]
-        observation, _ = env.reset()
-    slot["observation"] = observation
+        slot["observation"], _ = env.reset()
 
-def work(pipe: Any, memory: Any, slot_type: np.dtype, rows: list[int], env_id: str, render_mode: str | None, patience: float
-         ) -> None:
+def work(pipe: Any, memory: Any, dtype: np.dtype, rows: list, env_id: str, render_mode: str | None, patience: float) -> None:
     """A worker process: resets or steps the environments `rows` until the pipe closes; tells the learner what goes wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the learner decides
     faulthandler.enable()  # says where a simulator crashed
     faulthandler.dump_traceback_later(patience, exit=True)  # says where it hangs, and ends the worker
-    slots, i = np.frombuffer(memory, slot_type), rows[0]
+    slots, i = np.frombuffer(memory, dtype), rows[0]
     def requests() -> Iterator[tuple[bool, int]]:
         while True:
             faulthandler.cancel_dump_traceback_later()
@@ -226,19 +224,17 @@ def work(pipe: Any, memory: Any, slot_type: np.dtype, rows: list[int], env_id: s
 class Simulators:
     """E environments, a slice in each of several worker processes; they share `slots` (E,), what is asked and comes of each."""
     def __init__(self, env_id: str, task: Task, num_envs: int, num_workers: int, render_mode: str | None = None):
-        vectors = {"action": task.action_size} | dict.fromkeys(("observation", "next_observation"), task.observation_size)
-        scalars = {"f4": "reward success total length", "u4": "seed", "?": "active spread terminated truncated"}
-        slot_type = np.dtype([(name, "f4", size) for name, size in vectors.items()] + [
-            (name, kind) for kind, names in scalars.items() for name in names.split()], align=True)
+        fields = {f"({task.observation_size},)f4": "observation next_observation", f"({task.action_size},)f4": "action",
+                  "f4": "reward success", "f8": "total length", "u4": "seed", "?": "active spread terminated truncated"}
+        dtype = np.dtype([(name, kind) for kind, names in fields.items() for name in names.split()], align=True)
         context, self.workers = multiprocessing.get_context("forkserver"), {}
-        memory = context.RawArray("b", num_envs * slot_type.itemsize)
-        self.slots = np.frombuffer(memory, slot_type)
-        for part in np.array_split(range(num_envs), min(num_workers, num_envs)):
-            rows, (pipe, other_end) = part.tolist(), context.Pipe()
-            worker = context.Process(target=work, daemon=True, args=(
-                other_end, memory, slot_type, rows, env_id, render_mode, PATIENCE))
+        memory = context.RawArray("b", num_envs * dtype.itemsize)
+        self.slots = np.frombuffer(memory, dtype)
+        for rows in map(list, np.array_split(range(num_envs), min(num_workers, num_envs))):
+            pipe, other = context.Pipe()
+            worker = context.Process(target=work, args=(other, memory, dtype, rows, env_id, render_mode, PATIENCE), daemon=True)
             worker.start()
-            other_end.close()
+            other.close()
             self.workers[f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}"] = worker, pipe
     def request(self, start: bool) -> None:
         """Have the active environments started or stepped; `frame` is then the first one's picture (H, W, 3), or None."""
@@ -477,13 +473,12 @@ def collect(agent: Agent, act: Callable, envs: Simulators, state: TrainState) ->
         rows.append((observation, *choice, envs.step(choice[0]).copy()))
     *before, after = zip(*rows, strict=True)
     after = np.stack(after)
-    # First episodes start with their clocks advanced: those that these cut off are left out.
-    ended = after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))
-    episodes = {"charts/episodes": ended.sum()}
-    if ended.any():  # else the rollout has no mean return
-        episodes |= {f"charts/episodic_{name}": after[field].astype(float).mean(where=ended)
-                     for name, field in (("return", "total"), ("length", "length"))}
     data = Transition(*map(jnp.stack, before), *(after[name] for name in Transition._fields[4:]))
+    # First episodes start with their clocks advanced: those that these cut off are left out.
+    ended = after[after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))]
+    episodes = {"charts/episodes": len(ended)}
+    if len(ended):  # else the rollout has no mean return
+        episodes |= {"charts/episodic_return": ended["total"].mean(), "charts/episodic_length": ended["length"].mean()}
     return jax.device_put(data, NamedSharding(agent.mesh, P(None, "env"))), episodes
 
 def critic_targets(agent: Agent, learner: Learner, data: Transition, next_seen: tuple[Array, Array], key: Array) -> Array:
@@ -590,14 +585,6 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
     content = iter([arrays[name] for name in expected])
     return jax.tree.map(lambda x: next(content) if x.size else np.zeros(x.shape, x.dtype), shapes)
 
-def check_renderer() -> None:
-    """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
-    try:
-        mujoco = import_module("mujoco")
-        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
-    except Exception as error:  # each GL library has its own, some while mujoco is imported
-        fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
-
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -648,28 +635,6 @@ def parse() -> tuple[Args, dict[str, Any]]:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
     return resolve(args), read_checkpoint(run)
 
-def compile_programs(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any, Any]:
-    """The training state, new or a checkpoint's, and `act`, `update` and `decide`, compiled."""
-    args, whole, split = agent.args, NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
-    init, key = functools.partial(new_state, agent), jax.random.PRNGKey(args.seed)
-    state = fill_state(jax.eval_shape(init, key), saved["state"]) if saved else jax.jit(init)(key)
-    state = jax.device_put(state, whole)
-    def like(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
-    choose = jax.jit(functools.partial(decide, agent), out_shardings=whole)
-    observation = like(args.num_eval_envs, agent.env.observation_size)
-    choose = choose.lower(state.learner, state.statistics, observation, key).compile()
-    if args.evaluate:
-        return state, None, None, choose
-    observation, flag = like(args.num_envs, agent.env.observation_size), like(args.num_envs, dtype=bool)
-    sample = jax.jit(functools.partial(act, agent), out_shardings=split)
-    sample = sample.lower(state.learner.actor, state.statistics, observation, key)
-    step = Transition(observation, *sample.out_info, like(args.num_envs), flag, flag, observation)
-    over_time = NamedSharding(agent.mesh, P(None, "env"))
-    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct((args.num_steps, *x.shape), x.dtype, sharding=over_time), step)
-    learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0)
-    return state, sample.compile(), learn_from.lower(state, data).compile(), choose
-
 def main() -> None:
     """Parse, start the simulators, compile, then train, resume or evaluate."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
@@ -677,48 +642,49 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir) or None)
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")
-        check_renderer()
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, render_mode, received = load_agent(args), "rgb_array" if args.capture_video else None, []
+    whole, split = NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
+    init, key = functools.partial(new_state, agent), jax.random.PRNGKey(args.seed)
+    state = jax.device_put(fill_state(jax.eval_shape(init, key), saved["state"]) if saved else jax.jit(init)(key), whole)
+    sample, choose = (jax.jit(functools.partial(f, agent), in_shardings=(whole, whole, split, whole)) for f in (act, decide))
     eval_envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, render_mode)
-    began = time.perf_counter()
-    state, act, update, decide = compile_programs(agent, saved)
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
     if args.evaluate:
-        print(json.dumps(play(agent, decide, eval_envs, state, args.evaluate)))
+        print(json.dumps(play(agent, choose, eval_envs, state, args.evaluate)))
         return
+    envs = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers)
+    began = time.perf_counter()
+    choose(state.learner, state.statistics, eval_envs.slots["observation"], key)
+    data, _ = collect(agent, sample, envs, state)  # environments that have not been reset stay idle: this only compiles
+    learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0).lower(state, data).compile()
+    print(f"workers started, programs compiled in {time.perf_counter() - began:.1f} s", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
     done = int(state.iteration)
-    envs = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers)
     envs.reset(args.seed, done, 0, spread=True)
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     open_run(folder, args)
     log = open_log(folder, done * args.batch_size)
-    bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
     started, code = time.perf_counter() - float(saved.get("wall_time", 0.0)), 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
-        data, episodes = collect(agent, act, envs, state)
-        state, metrics = update(state, data)
+        data, episodes = collect(agent, sample, envs, state)
+        state, metrics = learn_from(state, data)
         metrics = {name: float(x) for name, x in (jax.device_get(metrics) | episodes).items()}
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
         done, step = done + 1, (done + 1) * args.batch_size
         finite = all(np.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
-            metrics |= play(agent, decide, eval_envs, state, folder)
+            metrics |= play(agent, choose, eval_envs, state, folder)
             minutes = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-            bar.write(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.1f}  "
-                      f"ETA {minutes:.1f} min")
-            sys.stdout.flush()
+            print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.1f}  "
+                  f"ETA {minutes:.1f} min", flush=True)
         log(step, time.perf_counter() - started, metrics)
-        bar.update()
         code = (128 + received[0] if received else 0) if finite else 1
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
-    bar.close()
     print(folder)
     sys.exit(code)
 
