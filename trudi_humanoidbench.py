@@ -567,8 +567,10 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     with checkpoints(run, max_to_keep=3) as manager:
         manager.save(step, args=ocp.args.PyTreeSave({"state": named_leaves(state), "wall_time": np.float64(wall_time)}))
 
-def read_checkpoint(run: str) -> dict[str, Any]:
-    """What the newest checkpoint was given, as NumPy arrays; exits with code 2 if there is none to be read."""
+def read_checkpoint(run: str | None) -> dict[str, Any]:
+    """What a run's newest checkpoint was given, as NumPy arrays; exits with code 2 if it cannot be read."""
+    if not run:
+        return {}
     try:
         with checkpoints(run, read_only=True) as manager:
             saved = manager.item_metadata(manager.latest_step()).tree
@@ -616,12 +618,12 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
         writer.flush()
     return log
 # -------------------------------------------------------------------------------------------------------- training
-def parse() -> tuple[Args, dict[str, Any]]:
-    """Resolved arguments and, with --resume or --evaluate, the content of a checkpoint."""
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, they start from those of that run."""
     args = tyro.cli(Args)
     run = args.resume or args.evaluate
     if not run:
-        return resolve(args), {}
+        return resolve(args)
     try:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
@@ -633,12 +635,13 @@ def parse() -> tuple[Args, dict[str, Any]]:
     for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
         if getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
-    return resolve(args), read_checkpoint(run)
+    return resolve(args)
 
 def main() -> None:
     """Parse, start the simulators, compile, then train, resume or evaluate."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
-    args, saved = parse()
+    args = parse()
+    saved = read_checkpoint(args.resume or args.evaluate)
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir) or None)
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -676,10 +679,10 @@ def main() -> None:
         finite = all(np.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
             metrics |= play(agent, choose, eval_envs, state, folder)
-            minutes = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-            print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  return {metrics['eval/episodic_return']:.1f}  "
-                  f"ETA {minutes:.1f} min", flush=True)
         log(step, time.perf_counter() - started, metrics)
+        eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+        print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min",
+              *(f"{name} {x:.2f}" for name, x in metrics.items() if name.startswith("eval/")), sep="  ", flush=True)
         code = (128 + received[0] if received else 0) if finite else 1
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)

@@ -639,12 +639,11 @@ def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, 
         finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
         code = 1 if not finite else 128 + int(metrics.pop("signal")) if "signal" in metrics else 0
         if not code and (done == args.num_iterations or done % args.eval_interval == 0):
-            found = {name: float(x) for name, x in evaluate(agent, state, folder).items()}
-            metrics |= found
-            eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-            print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min ",
-                  *(f"{name.removeprefix('eval/')} {x:.2f}" for name, x in found.items()), sep="  ", flush=True)
+            metrics |= {name: float(x) for name, x in evaluate(agent, state, folder).items()}
         log(step, time.perf_counter() - started, metrics)
+        eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+        print(f"step {step:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min",
+              *(f"{name} {x:.2f}" for name, x in metrics.items() if name.startswith("eval/")), sep="  ", flush=True)
         if not finite and RANK == 0:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):

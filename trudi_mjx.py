@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["flax>=0.12", "imageio-ffmpeg>=0.5", "jax>=0.10", "mediapy>=1.2", "optax>=0.2.5", "orbax-checkpoint>=0.11.20",
-#                 "playground>=0.2.0", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tqdm>=4.66", "tyro>=1.0", "wandb>=0.19.10"]
+#                 "playground>=0.2.0", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tyro>=1.0", "wandb>=0.19.10"]
 # ///
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on MuJoCo Playground, in one file.
 
@@ -36,7 +36,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tensorboardX
-import tqdm
 import tyro
 from flax import nnx
 from jax import Array, NamedSharding, P
@@ -482,8 +481,10 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     with checkpoints(run, max_to_keep=3) as manager:
         manager.save(step, args=ocp.args.PyTreeSave({"state": named_leaves(state), "wall_time": np.float64(wall_time)}))
 
-def read_checkpoint(run: str) -> dict[str, Any]:
-    """What the newest checkpoint was given, as NumPy arrays; exits with code 2 if there is none to be read."""
+def read_checkpoint(run: str | None) -> dict[str, Any]:
+    """What a run's newest checkpoint was given, as NumPy arrays; exits with code 2 if it cannot be read."""
+    if not run:
+        return {}
     try:
         with checkpoints(run, read_only=True) as manager:
             saved = manager.item_metadata(manager.latest_step()).tree
@@ -539,12 +540,12 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
         writer.flush()
     return log
 # -------------------------------------------------------------------------------------------------------- training
-def parse() -> tuple[Args, dict[str, Any]]:
-    """Resolved arguments and, with --resume or --evaluate, the content of a checkpoint."""
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, they start from those of that run."""
     args = tyro.cli(Args)
     run = args.resume or args.evaluate
     if not run:
-        return resolve(args), {}
+        return resolve(args)
     try:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
@@ -556,7 +557,7 @@ def parse() -> tuple[Args, dict[str, Any]]:
     for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
         if getattr(args, name) != value:
             fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
-    return resolve(args), read_checkpoint(run)
+    return resolve(args)
 
 def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
     """The training state of all seeds, new or a checkpoint's, laid out on the devices; `iterate` and `evaluate` compiled."""
@@ -596,7 +597,6 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
     if first := jax.process_index() == 0:
         open_run(folder, args)
     logs = [open_log(path, done * args.batch_size) for path in folders if first]
-    bar = tqdm.tqdm(total=args.num_iterations, initial=done, disable=not sys.stdout.isatty(), file=sys.stdout)
     started, code = time.perf_counter() - wall_time, 0
     while done < args.num_iterations and not code:
         began = time.perf_counter()
@@ -607,20 +607,17 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
         finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith(("losses", "trust")))
         if finite and (done == args.num_iterations or done % args.eval_interval == 0):
             metrics |= run_evaluation(agent, judge, state, folder)
-            returns = ", ".join(f"{x:.1f}" for x in metrics["eval/episodic_return"])
-            eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-            bar.write(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  return {returns}  ETA {eta:.1f} min")
-            sys.stdout.flush()
         for k, log in enumerate(logs):  # a rollout in which no episode ended has no mean return or length
             log(step, time.perf_counter() - started, {name: float(x[k]) for name, x in metrics.items()
                 if metrics["charts/episodes"][k] > 0 or not name.startswith("charts/episodic")})
-        bar.update()
+        eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+        print(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  ETA {eta:.1f} min",
+              *metrics.get("eval/episodic_return", ()), sep="  ", flush=True)
         code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max()) if finite else 1
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
-    bar.close()
     print(folder)
     return code
 
@@ -632,7 +629,8 @@ def main() -> None:
         jax.distributed.initialize(**{x: int(os.environ[f"JAX_{x.upper()}"]) for x in ("num_processes", "process_id")})
         # MJX would put its constants on the first host's device, where the others cannot read them.
         import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
-    args, saved = parse()
+    args = parse()
+    saved = read_checkpoint(args.resume or args.evaluate)
     if args.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
     if args.capture_video:

@@ -50,7 +50,7 @@ def jax_update(options: Options, args: trudi.Args, data: list[np.ndarray]) -> Ca
 def torch_update(options: Options, args: trudi_maniskill.Args, data: list[np.ndarray]) -> Callable[[], None]:
     """A call of trudi_maniskill.py's `learn`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learner = trudi_maniskill.init_learner(args, device, options.observation_size, options.action_size)
+    learner = trudi_maniskill.init_learner(args, device, *[options.observation_size] * 2, options.action_size)
     update = functools.partial(trudi_maniskill.update_minibatch, learner, args)
     if options.compile:
         update = torch.compile(update)

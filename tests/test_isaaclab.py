@@ -352,7 +352,7 @@ def test_unknown_tasks():
 
 def test_missing_simulators(monkeypatch, capsys):
     monkeypatch.setattr(trudi.util, "find_spec", lambda name: None)
-    for env_id, package in (("Isaac-Velocity-Rough-G1", "isaaclab==3.0.0"), ("Mjlab-X", "mjlab==1.6.0")):
+    for env_id, package in (("Isaac-Velocity-Rough-G1", "isaaclab==3.0.0"), ("Mjlab-Cartpole-Balance", "mjlab==1.6.0")):
         with pytest.raises(SystemExit) as stop:
             small_args(env_id=env_id)
         assert f"pip install {package}" in refusal(stop.value.code, capsys.readouterr().err)

@@ -134,7 +134,7 @@ def test_environments_are_seeded_apart():
 
 
 def fake_agent(args, envs):
-    learner = trudi.init_learner(args, CPU, 2, 3)
+    learner = trudi.init_learner(args, CPU, 2, 2, 3)
     state = trudi.TrainState(learner, trudi.Statistics(0, torch.zeros(2, 2)), 0, trudi.env_reset(envs, 1),
                              torch.zeros(len(envs), dtype=torch.bool))
     sample = trudi.functools.partial(trudi.sample_policy, args, learner.actor)
@@ -213,7 +213,7 @@ def test_compiled_updates_are_the_same():
 # ------------------------------------------------------------------------------------------------------- real tasks
 def prepared(**changes):
     args = small_args(**changes)
-    return trudi.prepare(args, {})
+    return trudi.prepare(args, CPU, {})
 
 
 @pytest.mark.parametrize("env_id", trudi.TASKS)
@@ -281,7 +281,7 @@ args = dataclasses.replace(trudi.Args(), preset="cpu", hidden_dim=16, v_min=-3.0
 if trudi.WORLD > 1:
     dist.init_process_group("gloo")
 rng = np.random.default_rng(0)
-learner = trudi.init_learner(args, torch.device("cpu"), 5, 2)
+learner = trudi.init_learner(args, torch.device("cpu"), 5, 5, 2)
 torch.manual_seed(0)
 torch.nn.init.normal_(learner.actor.output.weight)
 rows = slice(trudi.RANK * 32 // trudi.WORLD, (trudi.RANK + 1) * 32 // trudi.WORLD)
@@ -405,7 +405,7 @@ def test_a_checkpoint_restores_everything_but_the_simulator(tmp_path):
     trudi.save_checkpoint(tmp_path, state, 32, 1.5)
     saved = trudi.read_checkpoint(str(tmp_path))
     assert saved["wall_time"] == 1.5
-    _, other = trudi.prepare(agent.args, saved)
+    _, other = trudi.prepare(agent.args, CPU, saved)
     assert other.iteration == 2
     assert torch.equal(other.statistics.moments, state.statistics.moments)
     assert torch.equal(other.learner.log_duals, state.learner.log_duals)
@@ -501,8 +501,7 @@ def test_damaged_checkpoints(damage, tmp_path, capsys, monkeypatch):
         path.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if damage == "truncated" else 0])
     monkeypatch.setattr(sys, "argv", ["trudi_maniskill.py", "--resume", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        args, saved = trudi.parse()
-        trudi.prepare(args, saved)  # only sizes are looked at so late
+        trudi.main()
     line = refusal(stop.value.code, capsys.readouterr().err)
     assert "not of this run" in line if damage == "other sizes" else str(tmp_path) in line
 
@@ -517,7 +516,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     args = small_args(log_dir=str(tmp_path), num_steps=8)
     agent, state = fake_agent(args, [Fake(), Fake()])
     state.learner.actor.hidden[0].weight.data.fill_(float("nan"))
-    assert trudi.train(agent, state, 0.0) == 1
+    assert trudi.train(agent, state, 0.0, trudi.iterate, trudi.evaluate) == 1
     out, err = capsys.readouterr()
     run = pathlib.Path(out.splitlines()[-1])
     assert "iteration 1: a loss is not finite" in err

@@ -163,7 +163,7 @@ def test_updates():
     duals = {name: jnp.log(jnp.asarray(0.01)) for name in ("log_alpha", "log_lambda")}
     moments = [o.init(p) for o, p in zip(mjx.optimizers(args[0]), (*networks, duals), strict=True)]
     learner = mjx.Learner(*networks, duals, *moments)
-    other = maniskill.init_learner(args[1], torch.device("cpu"), OBS, A)
+    other = maniskill.init_learner(args[1], torch.device("cpu"), OBS, OBS, A)
     for network, source in zip(other[:2], others, strict=True):
         network.load_state_dict(source.state_dict())
     step = jax.jit(lambda learner, batch, h, key: mjx.update_minibatch(agent, learner, batch, h, key))

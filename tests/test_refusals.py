@@ -118,7 +118,7 @@ def test_damaged_checkpoints(damage, run, capsys, monkeypatch):
             path.write_bytes(path.read_bytes()[:0 if damage == "arrays emptied" else path.stat().st_size // 2])
     monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", "--resume", str(run)])
     with pytest.raises(SystemExit) as stop:
-        trudi.parse()
+        trudi.main()
     assert str(run) in refusal(stop.value.code, capsys.readouterr().err)
 
 
@@ -133,7 +133,8 @@ def test_what_a_run_was_started_with_cannot_change(name, run, capsys, monkeypatc
 
 def test_what_a_run_may_change(run, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", "--resume", str(run), "--total-timesteps", "384", "--eval-mode", "sde"])
-    args, saved = trudi.parse()
+    args = trudi.parse()
+    saved = trudi.read_checkpoint(args.resume)
     assert (args.total_timesteps, args.num_iterations, args.eval_mode, args.hidden_dim) == (384, 3, "sde", 16)
     assert set(saved["state"]) == {"a.b", "c"}
 

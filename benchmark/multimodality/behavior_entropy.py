@@ -93,7 +93,7 @@ def load(args: Args) -> tuple[trudi.Agent, trudi.TrainState, str]:
         trudi.fail(message)
     own = dataclasses.replace(own, env_id=env_id, reward_mode="dense", eval_mode="ode", device=args.device, compile=False,
                               num_eval_envs=args.num_envs, capture_video=False, resume=None, evaluate=args.run_dir)
-    return *trudi.prepare(own, trudi.read_checkpoint(args.run_dir)), task
+    return *trudi.prepare(own, trudi.open_device(own), trudi.read_checkpoint(args.run_dir)), task
 
 @torch.no_grad()
 def play(agent: trudi.Agent, state: trudi.TrainState, seed: int) -> tuple[Tensor, Tensor, Tensor]:
