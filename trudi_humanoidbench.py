@@ -28,7 +28,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata, util
@@ -161,6 +160,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit."""
     name = f"humanoid_bench:{env_id}" if env_id in TASKS else env_id
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(name, render_mode=render_mode, disable_env_checker=True))
+    if env_id in TASKS and render_mode:  # its own render() calls an older Gymnasium
+        env.unwrapped.task.render = functools.partial(env.unwrapped.mujoco_renderer.render, render_mode)
     box, one = env.action_space, np.ones(env.action_space.shape, np.float32)
     if not isinstance(box, gym.spaces.Box) or box.low.ndim != 1 or not box.is_bounded() or not env.spec.max_episode_steps:
         raise ValueError("it must have a finite action space Box(A,) and max_episode_steps")
@@ -200,26 +201,23 @@ def step_slot(env: gym.Env, slot: np.void) -> None:
         slot["observation"], _ = env.reset()
 
 def work(pipe: Any, memory: Any, dtype: np.dtype, rows: list, env_id: str, render_mode: str | None, patience: float) -> None:
-    """A worker process: resets or steps the environments `rows` until the pipe closes; tells the learner what goes wrong."""
+    """A worker process: resets or steps the environments `rows` until the pipe closes. An exception, crash or hang of one
+    ends the process, with a traceback on stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the learner decides
-    faulthandler.enable()  # says where a simulator crashed
-    faulthandler.dump_traceback_later(patience, exit=True)  # says where it hangs, and ends the worker
-    slots, i = np.frombuffer(memory, dtype), rows[0]
+    faulthandler.enable()
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.setitimer(signal.ITIMER_REAL, patience)
+    slots, envs = np.frombuffer(memory, dtype), {i: make_env(env_id, render_mode if i == 0 else None) for i in rows}
     def requests() -> Iterator[tuple[bool, int]]:
         while True:
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
             start = pipe.recv()
-            faulthandler.dump_traceback_later(patience, exit=True)
+            signal.setitimer(signal.ITIMER_REAL, patience)
             yield from ((start, i) for i in rows if slots["active"][i])
             pipe.send(envs[0].render() if 0 in rows and render_mode else None)
-    try:
-        envs = {i: make_env(env_id, render_mode if i == 0 else None) for i in rows}
+    with contextlib.suppress(EOFError, ConnectionError):  # the learner has gone
         for start, i in requests():
             reset_slot(envs[i], slots[i]) if start else step_slot(envs[i], slots[i])
-    except (EOFError, ConnectionError):
-        return  # the learner has gone
-    except Exception:
-        pipe.send(f"environment {i} of {env_id} raised\n{traceback.format_exc()}")
 
 class Simulators:
     """E environments, a slice in each of several worker processes; they share `slots` (E,), what is asked and comes of each."""
@@ -227,32 +225,27 @@ class Simulators:
         fields = {f"({task.observation_size},)f4": "observation next_observation", f"({task.action_size},)f4": "action",
                   "f4": "reward success", "f8": "total length", "u4": "seed", "?": "active spread terminated truncated"}
         dtype = np.dtype([(name, kind) for kind, names in fields.items() for name in names.split()], align=True)
-        context, self.workers = multiprocessing.get_context("forkserver"), {}
+        context, self.workers = multiprocessing.get_context("forkserver"), []
         memory = context.RawArray("b", num_envs * dtype.itemsize)
         self.slots = np.frombuffer(memory, dtype)
         for rows in map(list, np.array_split(range(num_envs), min(num_workers, num_envs))):
             pipe, other = context.Pipe()
-            worker = context.Process(target=work, args=(other, memory, dtype, rows, env_id, render_mode, PATIENCE), daemon=True)
+            worker = context.Process(target=work, args=(other, memory, dtype, rows, env_id, render_mode, PATIENCE), daemon=True,
+                                     name=f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}")
             worker.start()
             other.close()
-            self.workers[f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}"] = worker, pipe
+            self.workers.append((worker, pipe))
     def request(self, start: bool) -> None:
         """Have the active environments started or stepped; `frame` is then the first one's picture (H, W, 3), or None."""
-        for _, pipe in self.workers.values():
-            with contextlib.suppress(ConnectionError):  # of a dead worker, as its answer will tell
-                pipe.send(start)
-        answers = [self.answer(name, *both) for name, both in self.workers.items()]
-        if problems := [x for x in answers if isinstance(x, str)]:
-            self.close()
-            raise RuntimeError(problems[0])
-        self.frame = answers[0]
-    def answer(self, name: str, worker: Any, pipe: Any) -> Any:
-        """A worker's answer, or what is wrong with it."""
         try:
-            return pipe.recv()
+            for _, pipe in self.workers:
+                pipe.send(start)
+            self.frame, *_ = [pipe.recv() for _, pipe in self.workers]
         except (EOFError, ConnectionError):
-            worker.join(5)
-            return f"{name} died with exit code {worker.exitcode}; if it crashed or hung, the lines above say where"
+            multiprocessing.connection.wait([worker.sentinel for worker, _ in self.workers], 5)
+            dead = next(worker for worker, _ in self.workers if worker.exitcode is not None)
+            self.close()
+            raise RuntimeError(f"{dead.name} ended with code {dead.exitcode}; the lines above say why") from None
     def reset(self, *numbers: int, spread: bool = False) -> None:
         """Start all environments, with seeds that are made of these numbers; see reset_slot for `spread`."""
         self.slots["active"], self.slots["spread"] = True, spread
@@ -265,7 +258,7 @@ class Simulators:
         return self.slots
     def close(self) -> None:
         """End the workers."""
-        for worker, _ in self.workers.values():
+        for worker, _ in self.workers:
             worker.terminate()
             worker.join()
 
