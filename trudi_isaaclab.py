@@ -86,7 +86,7 @@ class Args:
     num_atoms: int = 151  # atoms of the critic
     # The flags from here on may differ when a run is continued or evaluated.
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
-    physics: str = "newton_mjwarp"  # engine of Isaac Lab 3.0; this one needs no Kit, isaacsim_physx does
+    physics: str | None = None  # engine of Isaac Lab 3.0, such as isaacsim_physx; default: the task's, mostly newton_mjwarp
     compile: bool | None = None  # torch.compile and CUDA graphs; default: on a GPU only
     total_timesteps: int | None = None  # environment steps, over all environments
     eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"  # probability-flow ODE, a sample, or the best of K by Q
@@ -207,7 +207,10 @@ def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.Exi
         return stack.enter_context(contextlib.closing(env))
     gym, tasks = import_module("gymnasium"), import_module("isaaclab_tasks.utils")
     name, options = find_task(args.env_id, gym.registry.keys), dict(device=device, num_envs=args.num_envs // WORLD)
-    cfg = tasks.parse_env_cfg(name, **options | ({} if kit else dict(overrides=[f"physics={args.physics}"])))
+    try:
+        cfg = tasks.parse_env_cfg(name, **options, **dict(overrides=[f"physics={args.physics}"]) if args.physics else {})
+    except (TypeError, ValueError) as error:  # the former of 2.3, which has one engine
+        fail(f"--physics {args.physics} is not to be had for {name}: {error}")
     cfg.seed, cfg.compute_final_obs = seed, True  # 2.3 has no such observations and leaves the second unread
     if args.capture_video and not kit:
         viewer = import_module("isaaclab_visualizers.newton").NewtonGLVisualizerCfg
