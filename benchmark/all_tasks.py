@@ -1,6 +1,7 @@
 """Does every task run? Two tiny iterations, an evaluation and a checkpoint of each of the tasks that a script knows.
 
     python benchmark/all_tasks.py [--script trudi_mjx] [--tasks CheetahRun HopperHop] [--flags="--impl warp"]
+    python benchmark/all_tasks.py --script trudi_isaaclab --python ISAACLAB/bin/python      # which has another interpreter
 
 Each task is a process `python SCRIPT.py --env-id TASK` with networks and batches too small to learn, so its return says only
 that an evaluation took place. A failure is reported and the next task follows. Sizes are read from the run's checkpoint.
@@ -21,18 +22,22 @@ import tempfile
 import time
 from typing import Any, Literal
 
+import torch
 import tyro
 from common import RESULTS, ROOT, cpu_name, markdown_table, trudi, write_json
 
-SMALL = ("--num-envs 8 --num-steps 4 --minibatch-size 16 --num-epochs 1 --hidden-dim 16 --num-eval-envs 2 --eval-interval 1000 "
-         "--checkpoint-interval 1000 --compilation-cache-dir=")
+SMALL = ("--num-envs 8 --num-steps 4 --minibatch-size 16 --num-epochs 1 --hidden-dim 16 --eval-interval 1000 "
+         "--checkpoint-interval 1000")
+FLAGS = dict.fromkeys(("trudi_mjx", "trudi_humanoidbench"), f"{SMALL} --num-eval-envs 2 --compilation-cache-dir=") | {
+    "trudi_isaaclab": f"{SMALL} --preset cpu"}
 TASKS = {"trudi_mjx": [*trudi.DMC, *trudi.HUMANOID]}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Try all tasks of a script."""
 
-    script: Literal["trudi_mjx", "trudi_humanoidbench"] = "trudi_mjx"  # whose tasks
+    script: Literal["trudi_mjx", "trudi_humanoidbench", "trudi_isaaclab"] = "trudi_mjx"  # whose tasks
+    python: str = sys.executable  # the interpreter that runs it
     tasks: tuple[str, ...] = ()  # which ones; default: all of the paper's
     iterations: int = 2  # of each task
     timeout: float = 3600.0  # seconds for each task
@@ -41,6 +46,11 @@ class Options:
 
 def sizes(run: pathlib.Path) -> dict[str, int]:
     """Numbers of observations (actor's and critic's) and actions, from a run's checkpoint."""
+    for path in (run / "checkpoints").glob("*.pt"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        inputs, action = saved["critic"]["hidden.0.weight"].shape[1], len(saved["actor"]["raw_friction"])
+        seen = saved["actor"]["input.weight"].shape[1] - action - saved["actor"]["time_mlp.0.weight"].shape[1]
+        return {"observation": seen, "privileged": inputs - action, "action": action}
     arrays = trudi.read_checkpoint(str(run))["state"]
     moments = {name.rpartition(".")[2]: x.shape[-1] for name, x in arrays.items() if name.startswith("statistics.moments")}
     actor = moments.get("state", next(iter(moments.values())))
@@ -55,6 +65,7 @@ def outcome(log_dir: pathlib.Path, output: str, iterations: int) -> dict[str, An
     losses = [value for line in lines for name, value in line.items() if name.startswith("losses")]
     found = {"compile_seconds": float(compiled[1]) if compiled else None,
              "iterations_ok": len(lines) == iterations and all(map(math.isfinite, losses)),
+             "steps_per_second": lines[-1]["charts/SPS"] if lines else None,
              "eval_return": lines[-1].get("eval/episodic_return") if lines else None}
     return found | (sizes(logs[0].parent) if found["iterations_ok"] else {})
 
@@ -62,8 +73,8 @@ def try_task(options: Options, task: str) -> dict[str, Any]:
     """Run one task in a process of its own."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / f"{options.script}.py"), "--env-id", task, *shlex.split(SMALL),
-                   "--log-dir", folder, "--total-timesteps", str(options.iterations * 8 * 4), *shlex.split(options.flags)]
+        flags = f"{FLAGS[options.script]} --total-timesteps {options.iterations * 8 * 4} {options.flags}"
+        command = [options.python, str(ROOT / f"{options.script}.py"), "--env-id", task, "--log-dir", folder, *shlex.split(flags)]
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
                                   timeout=options.timeout, cwd=folder)
@@ -82,10 +93,12 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
     for result in results:
         seen, privileged = (result.get(name, "") for name in ("observation", "privileged"))
         both = f"{seen}" if seen == privileged else f"{seen} / {privileged}"
-        numbers = ["" if result[name] is None else f"{result[name]:.1f}" for name in ("compile_seconds", "eval_return")]
+        names = ("compile_seconds", "steps_per_second", "eval_return")
+        numbers = ["" if result[name] is None else f"{result[name]:.1f}" for name in names]
         good = "yes" if result["iterations_ok"] else "no"
-        rows.append((result["task"], both, result.get("action", ""), numbers[0], good, numbers[1], result["exit_code"]))
-    header = ("task", "observation (actor / critic)", "action", "compile (s)", "iterations ok", "eval return", "exit code")
+        rows.append((result["task"], both, result.get("action", ""), *numbers, good, result["exit_code"]))
+    header = ("task", "observation (actor / critic)", "action", "compile (s)", "steps/s", "eval return", "iterations ok",
+              "exit code")
     return markdown_table(header, rows)
 
 def main() -> None:
@@ -96,7 +109,7 @@ def main() -> None:
     for task in options.tasks or TASKS.get(options.script) or importlib.import_module(options.script).TASKS:
         results.append(try_task(options, task))
         print(json.dumps(results[-1]), flush=True)
-        write_json(path.with_suffix(".json"), {"flags": f"{SMALL} {options.flags}".strip(), "tasks": results})
+        write_json(path.with_suffix(".json"), {"flags": f"{FLAGS[options.script]} {options.flags}".strip(), "tasks": results})
         text = as_markdown(results) + f"\n{options.iterations} iterations of each, on {cpu_name()}.\n"
         path.with_suffix(".md").write_text(text)
     print(text)

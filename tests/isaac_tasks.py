@@ -1,4 +1,4 @@
-"""A task of the tests' own for Isaac Lab 3.0: a cart pole of boxes, episodes of 60 steps, an observation group for the critic."""
+"""A task of the tests' own for Isaac Lab 3.0: a cart pole of boxes, 60 steps an episode, a group for the critic."""
 
 import pathlib
 import tempfile
