@@ -73,8 +73,8 @@ def try_task(options: Options, task: str) -> dict[str, Any]:
     """Run one task in a process of its own."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"{FLAGS[options.script]} --total-timesteps {options.iterations * 8 * 4} {options.flags}"
-        command = [options.python, str(ROOT / f"{options.script}.py"), "--env-id", task, "--log-dir", folder, *shlex.split(flags)]
+        flags = f"{FLAGS[options.script]} --total-timesteps {options.iterations * 8 * 4} --log-dir {folder} {options.flags}"
+        command = [options.python, str(ROOT / f"{options.script}.py"), "--env-id", task, *shlex.split(flags)]
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
                                   timeout=options.timeout, cwd=folder)
