@@ -46,8 +46,8 @@ PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
     "paper": dict(total_timesteps=300_000_000, num_envs=4096, num_steps=64, num_epochs=8, minibatch_size=2048, hidden_dim=512,
                   actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, eval_interval=50,
                   checkpoint_interval=20, target_entropy_scale=0.665),
-    "cpu": dict(total_timesteps=200_000, num_envs=16, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
-                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=20,
+    "cpu": dict(total_timesteps=200_000, num_envs=32, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
+                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=10,
                 checkpoint_interval=20, target_entropy_scale=0.665)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
