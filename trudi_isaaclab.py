@@ -210,12 +210,10 @@ def restart(agent: Agent, state: "TrainState", spread: bool) -> None:
     state.observation.copy_(observe(agent.env.reset()[0]))
     state.episode.fill_(torch.nan if spread else 0.0)
     if spread:
-        clock = agent.env.episode_length_buf
-        clock.copy_(torch.randint_like(clock, agent.time_limit))
+        agent.env.episode_length_buf.random_(agent.time_limit)
 
 def step_env(agent: Agent, state: "TrainState", action: Tensor) -> tuple[tuple, dict[str, Any]]:
-    """Step, end and restart episodes, changing `state`; returns Transition's fields from reward on and, if episodes ended, what
-    the simulator logs of them."""
+    """Step, end and restart episodes, in place; returns Transition's fields from reward on, and what is logged of the ended."""
     env, before, log = agent.env, state.observation.clone(), {}
     groups, reward, terminated, late, extras = env.step(agent.args.action_scale * action)
     reward, terminated, ended = reward.clone(), terminated.clone(), terminated | late  # the simulator uses its tensors again
@@ -574,8 +572,7 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
         fail(f"the checkpoint is not of this run: {str(error)[:300]}")
 
 def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
-    """Write args.json, which has all that decides a run's numbers, and open metrics.jsonl and TensorBoard, to go on after this
-    step; returns their logger."""
+    """Write args.json, all that decides a run's numbers, and go on with metrics after this step; returns their logger."""
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone

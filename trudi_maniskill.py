@@ -41,14 +41,13 @@ from torch import Tensor, nn
 TASKS = tuple(f"{name}-v1" for name in (
     "PickCube StackCube PokeCube PullCube PushCube RollBall LiftPegUpright PlaceSphere PlugCharger PushT PullCubeTool "
     "TwoRobotPickCube TwoRobotStackCube").split())
-# Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15 (README.md). Instead, as REPPO's
-# code has it, 1 - 10 / time limit, which is 50 steps for most tasks and taken to be so for those of other modules.
-SUITE = dict(gamma=0.8, v_min=-15.0, v_max=15.0, reward_mode="normalized_dense")  # of which PlugCharger has none
+# Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15 (README.md).
+PAPER = dict(  # gamma is, as in REPPO's code, 1 - 10 / time limit: 50 steps for most tasks, and supposed for other modules'
+    total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
+    actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128, eval_interval=15,
+    checkpoint_interval=15, target_entropy_scale=0.665, gamma=0.8, v_min=-15.0, v_max=15.0, reward_mode="normalized_dense")
 SPECIAL = {"RollBall-v1": dict(gamma=0.875), "PlugCharger-v1": dict(gamma=0.95, reward_mode="sparse")} | dict.fromkeys(
     ("PushT-v1", "PullCubeTool-v1", "TwoRobotPickCube-v1", "TwoRobotStackCube-v1"), dict(gamma=0.9))
-PAPER = dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
-             actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128, eval_interval=15,
-             checkpoint_interval=15, target_entropy_scale=0.665)  # Table 5
 PRESET = {"paper": PAPER, "cpu": PAPER | dict(  # sizes measured on two cores, see README.md
     total_timesteps=300_000, num_envs=32, num_steps=64, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
     critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=32, eval_interval=20, checkpoint_interval=20)}
@@ -61,7 +60,7 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 # ------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the suite."""
+    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the task."""
     env_id: str = "PushCube-v1"  # task of ManiSkill3, or module:id of one that the module registers
     exp_name: str = "trudi_maniskill"  # part of the run folder's name
     seed: int = 1  # of everything: networks, noise, environments
@@ -112,7 +111,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 def resolve(args: Args) -> Args:
-    """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
+    """Fill in what depends on task, preset and device; exit with code 2 on what cannot run."""
     if args.env_id not in TASKS and ":" not in args.env_id:
         near = difflib.get_close_matches(args.env_id, TASKS, 3, 0.4) or TASKS[:3]
         fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
@@ -120,7 +119,7 @@ def resolve(args: Args) -> Args:
         fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
     if args.device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
-    values = SUITE | PRESET[args.preset] | SPECIAL.get(args.env_id, {}) | {k: v for k, v in vars(args).items() if v is not None}
+    values = PRESET[args.preset] | SPECIAL.get(args.env_id, {}) | {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
     args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
@@ -137,8 +136,7 @@ def resolve(args: Args) -> Args:
         fail(message)
     return args
 # ----------------------------------------------------------------------------------------------------- environment
-# What stays while training: environments are lists of ManiSkillVectorEnv, one on a GPU and E of size 1 on a CPU, where PhysX
-# holds one environment a scene; `sample` and `update` are sample_policy and update_minibatch, compiled if asked to.
+# `envs`: one ManiSkillVectorEnv on a GPU, E of size 1 on a CPU, whose PhysX has one in a scene; the last two may be compiled.
 Agent = namedtuple("Agent", "args device envs eval_envs time_limit sample update")
 # A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
 # that acted (N, A), true next observations, and which episodes seen whole ended here, with return, length and success.
@@ -514,8 +512,7 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
         fail(f"the checkpoint is not of this run: {str(error)[:300]}")
 
 def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
-    """Write args.json, which has all that decides a run's numbers, and open metrics.jsonl and TensorBoard, to go on after this
-    step; returns their logger."""
+    """Write args.json, all that decides a run's numbers, and go on with metrics after this step; returns their logger."""
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
