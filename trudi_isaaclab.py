@@ -35,6 +35,10 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+TASKS = ("Isaac-Velocity-Flat-G1 Isaac-Velocity-Rough-G1 Isaac-Velocity-Flat-H1 Isaac-Velocity-Rough-H1 "
+         "Isaac-Reorient-Cube-Allegro-Direct Isaac-Reorient-Cube-Shadow-Direct Mjlab-Velocity-Rough-Unitree-G1 "
+         "Mjlab-Velocity-Flat-Unitree-G1 Mjlab-Velocity-Rough-Unitree-Go1 Mjlab-Velocity-Flat-Unitree-Go1 "
+         "Mjlab-Cartpole-Balance Mjlab-Cartpole-Swingup Mjlab-Lift-Cube-Yam").split()
 PAPER = dict(total_timesteps=300_000_000, num_envs=4096, num_steps=64, num_epochs=8, minibatch_size=2048, hidden_dim=512,
              actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, eval_interval=50,
              checkpoint_interval=20, target_entropy_scale=0.665, gamma=0.97, v_min=-10.0, v_max=10.0)  # Table 5
@@ -103,8 +107,9 @@ def fail(message: str) -> None:
 def resolve(args: Args) -> Args:
     """Fill in what depends on task, preset and machine; exit with code 2 on what cannot run."""
     module, _, name = args.env_id.rpartition(":")
-    if not module and not name.startswith(("Isaac-", "Mjlab-")):
-        fail(f"unknown --env-id {name}; it is Isaac-... in Isaac Lab, as Isaac-Velocity-Rough-G1, and Mjlab-... in mjlab")
+    if not module and name not in TASKS and not name.startswith("Isaac-"):  # which has more tasks than the paper
+        near = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3]
+        fail(f"unknown --env-id {name}; the nearest are {', '.join(near)}")
     package, install = ("mjlab", "mjlab==1.6.0") if "Mjlab-" in name else ("isaaclab", "isaaclab==3.0.0, on Python 3.12 only")
     if not util.find_spec(package):
         fail(f"--env-id {args.env_id} needs {package}; pip install {install}")
