@@ -35,20 +35,16 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-TASKS = {f"Isaac-{name}-v0": f"Isaac-{name.replace('Repose', 'Reorient')}" for name in (  # in Isaac Lab 2.3: in 3.0
-    "Velocity-Flat-G1 Velocity-Rough-G1 Velocity-Flat-H1 Velocity-Rough-H1 Repose-Cube-Allegro-Direct "
-    "Repose-Cube-Shadow-Direct").split()}
-MJLAB = [f"Mjlab-{name}" for name in (
-    "Velocity-Rough-Unitree-G1 Velocity-Flat-Unitree-G1 Velocity-Rough-Unitree-Go1 Velocity-Flat-Unitree-Go1 Cartpole-Balance "
-    "Cartpole-Swingup Lift-Cube-Yam").split()]
-SUITE = dict(gamma=0.97, v_min=-10.0, v_max=10.0)  # Table 5
-PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
-    "paper": dict(total_timesteps=300_000_000, num_envs=4096, num_steps=64, num_epochs=8, minibatch_size=2048, hidden_dim=512,
-                  actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, eval_interval=50,
-                  checkpoint_interval=20, target_entropy_scale=0.665),
-    "cpu": dict(total_timesteps=200_000, num_envs=32, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
-                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=10,
-                checkpoint_interval=20, target_entropy_scale=0.665)}
+TASKS = ("Isaac-Velocity-Flat-G1 Isaac-Velocity-Rough-G1 Isaac-Velocity-Flat-H1 Isaac-Velocity-Rough-H1 "
+         "Isaac-Reorient-Cube-Allegro-Direct Isaac-Reorient-Cube-Shadow-Direct Mjlab-Velocity-Rough-Unitree-G1 "
+         "Mjlab-Velocity-Flat-Unitree-G1 Mjlab-Velocity-Rough-Unitree-Go1 Mjlab-Velocity-Flat-Unitree-Go1 "
+         "Mjlab-Cartpole-Balance Mjlab-Cartpole-Swingup Mjlab-Lift-Cube-Yam").split()
+PAPER = dict(total_timesteps=300_000_000, num_envs=4096, num_steps=64, num_epochs=8, minibatch_size=2048, hidden_dim=512,
+             actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, eval_interval=50,
+             checkpoint_interval=20, target_entropy_scale=0.665, gamma=0.97, v_min=-10.0, v_max=10.0)  # Table 5
+PRESET = {"paper": PAPER, "cpu": PAPER | dict(  # sizes measured on two cores, see README.md
+    total_timesteps=200_000, num_envs=32, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
+    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, eval_interval=10)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
@@ -58,7 +54,7 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 # ------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the suite."""
+    """Train a TruDi agent. A flag whose default is None takes the value of --preset."""
     env_id: str = "Isaac-Velocity-Rough-G1"  # task of Isaac Lab or mjlab, or module:id of one that the module registers
     exp_name: str = "trudi_isaaclab"  # part of the run folder's name
     seed: int = 1  # of everything: networks, noise, environments
@@ -108,36 +104,29 @@ def fail(message: str) -> None:
     print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
-def is_mjlab(args: Args) -> bool:
-    """Whether a task is mjlab's and not Isaac Lab's, as its id tells."""
-    return args.env_id.rpartition(":")[2].startswith("Mjlab-")
-
 def resolve(args: Args) -> Args:
     """Fill in what depends on task, preset and machine; exit with code 2 on what cannot run."""
     module, _, name = args.env_id.rpartition(":")
-    known = [*TASKS, *TASKS.values(), *MJLAB]
-    if not module and name not in known and not name.startswith("Isaac"):  # which has more tasks than the paper
-        near = difflib.get_close_matches(name, known, 3, 0.4) or known[:3]
+    if not module and name not in TASKS and not name.startswith("Isaac-"):  # which has more tasks than the paper
+        near = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3]
         fail(f"unknown --env-id {name}; the nearest are {', '.join(near)}")
-    package, install = ("mjlab", "mjlab==1.6.0") if is_mjlab(args) else ("isaaclab", "isaaclab==3.0.0, on Python 3.12 only")
+    package, install = ("mjlab", "mjlab==1.6.0") if "Mjlab-" in name else ("isaaclab", "isaaclab==3.0.0, on Python 3.12 only")
     if not util.find_spec(package):
         fail(f"--env-id {args.env_id} needs {package}; pip install {install}")
     if module and not util.find_spec(module.split(".")[0]):
         fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
-    values = SUITE | PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
+    values = PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
     args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
     numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
-    split = ("--num-envs", "--minibatch-size")
     rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
         (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
-        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
-         f"--num-envs x --num-steps = {args.batch_size}"),
-        *((numbers[k] % WORLD == 0, f"{k} {numbers[k]} does not divide over {WORLD} processes") for k in split)]
+        (args.batch_size % max(args.minibatch_size, 1) == 0, "--minibatch-size must divide --num-envs x --num-steps"),
+        (math.gcd(args.num_envs, args.minibatch_size) % WORLD == 0, f"--num-envs and --minibatch-size must divide by {WORLD}")]
     for message in (message for holds, message in rules if not holds):
         fail(message)
     return args
@@ -164,7 +153,7 @@ def parse() -> Args:
 def launch() -> tuple[Args, Any]:
     """Arguments and, with Isaac Lab 2.3, its app: Kit, which must start before PyTorch is imported."""
     args = parse()
-    app = None if is_mjlab(args) else import_module("isaaclab.app")
+    app = None if "Mjlab-" in args.env_id else import_module("isaaclab.app")
     if not app or hasattr(app, "launch_simulation"):
         return args, None
     device = "cpu" if args.device == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -180,35 +169,35 @@ from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------- environment
 Agent = namedtuple("Agent", "args device env time_limit sample update")  # `sample`, `update`: sample_policy, update_minibatch
-# A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
-# that acted (N, A), rewards, how episodes ended, true next observations.
-Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation")
+# A rollout, (T, E, ...): raw observations, clipped actions, the acting policy's chains, true next observations, and return and
+# length (2,) of an episode that ended here, NaN if none did or not all of it was seen.
+Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
 
 def find_task(env_id: str, registered: Callable) -> str:
     """A task's name in what is installed, after its module is imported; exits with code 2 if there is none."""
     module, _, name = env_id.rpartition(":")
-    try:
-        import_module(module) if module else None
-    except ImportError as error:
-        fail(f"--env-id {env_id}: its module cannot be imported ({error})")
-    other, tasks = TASKS | {new: old for old, new in TASKS.items()}, list(registered())
-    for found in {name, other.get(name)} & set(tasks):
-        return found
-    near = difflib.get_close_matches(name, tasks, 3, 0.4)
+    if module:
+        import_module(module)
+    newest = {task: task.removesuffix("-v0").replace("Repose", "Reorient") for task in [name, *registered()]}  # its name in 3.0
+    found = [task for task in registered() if newest[task] == newest[name]]
+    if found:
+        return name if name in found else found[0]
+    near = difflib.get_close_matches(name, registered(), 3, 0.4)
     return fail(f"unknown --env-id {env_id}; the nearest that are installed are {', '.join(near) or 'none'}")
 
 def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.ExitStack) -> Any:
     """This process's environments; the stack closes them, then their simulator. Exits with code 2 if there is no such task."""
-    if is_mjlab(args):
+    if "Mjlab-" in args.env_id:
         registry, envs, _ = map(import_module, ("mjlab.tasks.registry", "mjlab.envs", "mjlab.tasks"))
         cfg = registry.load_env_cfg(find_task(args.env_id, registry.list_tasks))
         cfg.scene.num_envs, cfg.seed, cfg.auto_reset = args.num_envs // WORLD, seed, False  # it says how episodes end only so
         env = envs.ManagerBasedRlEnv(cfg, device, "rgb_array" if args.capture_video else None)
         return stack.enter_context(contextlib.closing(env))
-    gym, tasks = import_module("gymnasium"), import_module("isaaclab_tasks.utils")
-    name, options = find_task(args.env_id, gym.registry.keys), dict(device=device, num_envs=args.num_envs // WORLD)
+    gym, tasks, physics = import_module("gymnasium"), import_module("isaaclab_tasks.utils"), [f"physics={args.physics}"]
+    name = find_task(args.env_id, gym.registry.keys)
+    options = dict(device=device, num_envs=args.num_envs // WORLD) | (dict(overrides=physics) if args.physics else {})
     try:
-        cfg = tasks.parse_env_cfg(name, **options, **dict(overrides=[f"physics={args.physics}"]) if args.physics else {})
+        cfg = tasks.parse_env_cfg(name, **options)
     except (TypeError, ValueError) as error:  # the former of 2.3, which has one engine
         fail(f"--physics {args.physics} is not to be had for {name}: {error}")
     cfg.seed, cfg.compute_final_obs = seed, True  # 2.3 has no such observations and leaves the second unread
@@ -228,32 +217,27 @@ def observe(groups: dict[str, Tensor]) -> Tensor:
 def restart(agent: Agent, state: "TrainState", spread: bool) -> None:
     """Start all episodes anew; `spread` starts their clocks anywhere in an episode, so that time-outs do not coincide."""
     state.observation.copy_(observe(agent.env.reset()[0]))
-    state.episode.zero_()[2] = not spread
+    state.episode.fill_(torch.nan if spread else 0.0)
     if spread:
-        clock = agent.env.episode_length_buf
-        clock.copy_(torch.randint_like(clock, agent.time_limit))
+        agent.env.episode_length_buf.random_(agent.time_limit)
 
-def step_env(agent: Agent, state: "TrainState", action: Tensor) -> tuple[tuple, Tensor, dict[str, Any]]:
-    """Step and restart episodes that end, changing `state`; returns Transition's fields from reward on, then (3, E) which whole
-    episodes ended here, with return and length, and what the simulator logs of episodes that ended."""
-    env, before = agent.env, state.observation.clone()
-    groups, reward, terminated, truncated, extras = env.step(agent.args.action_scale * action)
-    reward, terminated, truncated = (x.clone() for x in (reward, terminated, truncated))  # the simulator uses them again
-    ended, after, log = terminated | truncated, observe(groups), {}
-    going_on, last = after, after
+def step_env(agent: Agent, state: "TrainState", action: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """Step, end and restart episodes, in place; returns Transition's fields from reward on, and what is logged of the ended."""
+    env, before, log = agent.env, state.observation.clone(), {}
+    groups, reward, terminated, late, extras = env.step(agent.args.action_scale * action)
+    reward, terminated, ended = reward.clone(), terminated.clone(), terminated | late  # the simulator uses its tensors again
+    after = observe(groups)
+    state.observation.copy_(after)
     if ended.any():
         if not getattr(env.cfg, "auto_reset", True):  # mjlab
-            after = torch.where(ended[:, None], observe(env.reset(env_ids=ended.nonzero()[:, 0])[0]), after)
+            state.observation[ended] = observe(env.reset(env_ids=ended.nonzero()[:, 0])[0])[ended]
         else:  # Isaac Lab 2.3 does not tell how an episode ended: a time-out bootstraps from the state before
-            last = observe(extras["final_obs"]) if "final_obs" in extras else before
+            after = torch.where(ended[:, None], observe(extras["final_obs"]) if "final_obs" in extras else before, after)
         log = dict(extras.get("log", {}))
-    state.episode[:2] += torch.stack([reward, torch.ones_like(reward)])
-    finished = torch.stack([ended * state.episode[2], *state.episode[:2]])
-    state.episode[:2] *= ~ended
-    state.episode[2].clamp_(min=ended.float())
-    state.observation.copy_(after)
-    outcome = reward, terminated, truncated & ~terminated, torch.where(ended[:, None], last, going_on)
-    return outcome, finished, log
+    state.episode.add_(torch.stack([reward, torch.ones_like(reward)], -1))
+    episode = torch.where(ended[:, None], state.episode, torch.nan)
+    state.episode[ended] = 0.0
+    return (reward, terminated, ended & ~terminated, after, episode), log
 
 def everywhere(x: Tensor) -> Tensor:
     """A tensor of every process, one after the other along the first axis."""
@@ -288,8 +272,7 @@ class Actor(nn.Module):
         self.hidden = nn.ModuleList([linear(width, width) for _ in range(3)])
         self.output = linear(width, action_size)
         nn.init.zeros_(self.output.weight)  # so that the untrained policy is the prior's own process whatever it observes
-        friction = torch.full((action_size,), math.log(math.e - 1))  # softplus makes it 1
-        self.raw_friction = nn.Parameter(friction, requires_grad=args.learn_friction)
+        self.raw_friction = nn.Parameter(torch.full((action_size,), math.log(math.e - 1)), args.learn_friction)  # of softplus 1
     def step_sizes(self) -> Tensor:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
         n = torch.arange(1, self.num_steps + 1, device=self.raw_friction.device)[:, None] / self.num_steps
@@ -376,8 +359,7 @@ def hl_gauss(args: Args, returns: Tensor) -> Tensor:
     """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
     width = (args.v_max - args.v_min) / (args.num_atoms - 1)
     edges = torch.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1, device=returns.device)
-    centre = returns.clamp(args.v_min, args.v_max)[..., None]
-    cdf = torch.special.ndtr((edges - centre) / (HL_GAUSS_SIGMA * width))
+    cdf = torch.special.ndtr((edges - returns.clamp(args.v_min, args.v_max)[..., None]) / (HL_GAUSS_SIGMA * width))
     return torch.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
 
 def q_value(args: Args, logits: Tensor) -> Tensor:
@@ -444,6 +426,7 @@ def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, 
     descend(learner.dual_opt, dual_loss(learner.log_duals, args, bound, kl, batch.action.shape[-1]))
     return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), (kl > args.trust_region_bound).float().mean()])
 
+@torch.enable_grad()
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[str, Tensor]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
     args, size = agent.args, len(data.action)
@@ -454,16 +437,15 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[st
             metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
     return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
 # ------------------------------------------------------------------------------------------------------- iteration
-# What a checkpoint holds, then where the environments are, changed in place: observations (E, O), and of each one's episode the
-# return and length so far and whether it is acted in from its first step on (3, E).
+# What a checkpoint holds, then where the environments are, changed in place: observations (E, O), and return and length (E, 2)
+# of each one's episode so far, NaN if it is not seen from its first step on.
 TrainState = namedtuple("TrainState", "learner statistics iteration observation episode")
 def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees: int, action_size: int) -> Learner:
     """Networks that see so many columns of an observation, duals and Adam, from the seed; the same in every process."""
     torch.manual_seed(args.seed)
     actor, critic = Actor(args, actor_sees, action_size).to(device), Critic(args, critic_sees, action_size).to(device)
     log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
-    graphs = device.type == "cuda" and WORLD == 1 and args.compile is not False
-    adam = functools.partial(torch.optim.Adam, fused=True, capturable=graphs)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)  # the second for CUDA graphs; fused, it's the same
     return Learner(actor, critic, log_duals, adam([p for p in actor.parameters() if p.requires_grad], args.actor_learning_rate),
                    adam(critic.parameters(), args.critic_learning_rate), adam([log_duals], args.dual_learning_rate))
 
@@ -473,26 +455,24 @@ def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor
     noise = torch.randn(args.num_diffusion_steps + 1, len(seen), actor.raw_friction.numel(), device=seen.device)
     return sample_chain(actor, seen, noise), seen
 
-@torch.no_grad()
 def collect(agent: Agent, state: TrainState) -> tuple[Transition, dict[str, Tensor]]:
     """Act for T steps with samples of the policy, keeping their chains; returns metrics of the episodes that ended, too."""
-    steps, episodes, logs = [], [], {}
+    steps, logs = [], {}
     for _ in range(agent.args.num_steps):
         observation = state.observation.clone()
         chain, _ = agent.sample(state.statistics.moments, observation)
         action = chain.action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
-        outcome, finished, log = step_env(agent, state, action)
+        outcome, log = step_env(agent, state, action)
         steps.append((observation, action, chain.latents, chain.means, *outcome))
-        episodes.append(finished)
         for name, value in log.items():
             logs.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float32, device=agent.device).mean())
-    ended, total, length = torch.stack(episodes, 1)
+    data = Transition(*(torch.stack(x) for x in zip(*steps, strict=True)))
     metrics = {name: torch.stack(values).mean() for name, values in logs.items()}
-    metrics["charts/episodes"] = ended.sum() * WORLD  # `averages` makes it all processes'
-    if ended.any():
-        metrics["charts/episodic_return"] = (ended * total).sum() / ended.sum()
-        metrics["charts/episodic_length"] = (ended * length).sum() / ended.sum()
-    return Transition(*(torch.stack(x) for x in zip(*steps, strict=True))), metrics
+    whole = data.episode[..., 1].isfinite()
+    metrics["charts/episodes"] = whole.sum() * WORLD  # `averages` makes it all processes'
+    if whole.any():
+        metrics["charts/episodic_return"], metrics["charts/episodic_length"] = data.episode[whole].mean(0)
+    return data, metrics
 
 def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> Tensor:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
@@ -505,30 +485,28 @@ def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data:
 
 def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> tuple[Statistics, dict[str, Tensor]]:
     """Learn from a rollout: targets, epochs of updates, observation statistics."""
-    args = agent.args
-    with torch.no_grad():
-        # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
-        # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
-        merged = update_statistics(statistics, data.observation)
-        statistics = statistics if statistics.count else merged
-        target = critic_targets(agent, learner, statistics, data)
-        batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
-        batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
-        # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
-        rows = torch.randperm(len(batch.action), device=agent.device)[:args.minibatch_size // WORLD]
-        old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
-        noise = torch.randn(args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
-        fresh = sample_chain(learner.actor, some.observation, noise)
+    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
+    # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
+    merged = update_statistics(statistics, data.observation)
+    statistics = statistics if statistics.count else merged
+    target = critic_targets(agent, learner, statistics, data)
+    batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
+    batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
+    # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
+    rows = torch.randperm(len(batch.action), device=agent.device)[:agent.args.minibatch_size // WORLD]
+    old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
+    noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
+    fresh = sample_chain(learner.actor, some.observation, noise)
     metrics = learn(agent, learner, batch, old_h)
-    with torch.no_grad():
-        metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
-                    for name, x in (("stored", some), ("fresh", fresh))}
-        alpha, lambda_ = learner.log_duals.exp()
-        return merged, metrics | {
-            "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
-            "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
-            "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean()}
+    metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
+                for name, x in (("stored", some), ("fresh", fresh))}
+    alpha, lambda_ = learner.log_duals.exp()
+    return merged, metrics | {
+        "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
+        "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
+        "critic/targets_clipped": ((target < agent.args.v_min) | (target > agent.args.v_max)).float().mean()}
 
+@torch.no_grad()
 def advance(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
     """One iteration: a rollout and what is learned from it."""
     # Noise from seed, process and iteration: a run that is continued needs no other state.
@@ -550,26 +528,25 @@ def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, ob
 
 @torch.no_grad()
 def play(agent: Agent, state: TrainState, folder: str | pathlib.Path) -> dict[str, Tensor]:
-    """Metrics of one episode of each environment; --capture-video films it. There is one simulation in a process, so training's
-    episodes end here and new ones start."""
+    """Metrics of an episode of each environment; --capture-video films one. Training's end here: there is one simulation."""
     torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration, 1]).generate_state(1)[0]))
     restart(agent, state, spread=False)
-    first, frames = torch.zeros_like(state.episode), []
+    first, frames = torch.full_like(state.episode, torch.nan), []
     for _ in range(agent.time_limit):
         action = evaluation_action(agent, state.learner, state.statistics, state.observation)
         if agent.args.capture_video and RANK == 0:
             viewers = getattr(agent.env.sim, "visualizers", None)  # Isaac Lab 3.0's
             frames.append(viewers[0].render_rgb_array() if viewers else agent.env.render())
-        _, finished, _ = step_env(agent, state, action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
-        first = torch.where(first[0] > 0, first, finished * finished[0])
-        if first[0].all():
+        (*_, episode), _ = step_env(agent, state, action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
+        first = torch.where(first[:, 1:].isnan(), episode, first)
+        if first[:, 1].isfinite().all():
             break
     if frames:
         path = pathlib.Path(folder, "videos", f"step_{state.iteration * agent.args.batch_size}.mp4")
         path.parent.mkdir(exist_ok=True)
         import_module("imageio").mimsave(path, frames, fps=round(1 / agent.env.step_dt))
     restart(agent, state, spread=True)
-    _, total, length = everywhere(first.T).T
+    total, length = everywhere(first).T
     return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(correction=0),
             "eval/episodic_length": length.mean()}
 # -------------------------------------------------------------------------------------- run folder and checkpoints
@@ -584,10 +561,8 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
         path.unlink()
 
-def read_checkpoint(run: str | None) -> dict[str, Any]:
+def read_checkpoint(run: str) -> dict[str, Any]:
     """What a run's newest checkpoint was given; exits with code 2 if it cannot be read. Nothing in it is executed."""
-    if not run:
-        return {}
     try:
         newest = max(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
         return torch.load(newest, map_location="cpu", weights_only=True)
@@ -599,34 +574,28 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
     try:
         for name in PARTS:
             getattr(state.learner, name).load_state_dict(saved[name])
-        for optimizer in state.learner[-3:]:  # for this device, which need not be that of the run so far
-            optimizer.param_groups[0]["capturable"] = optimizer.defaults["capturable"]
         state.learner.log_duals.data.copy_(saved["log_duals"])
         moments = state.statistics.moments.copy_(saved["moments"])
         return state._replace(statistics=Statistics(saved["count"], moments), iteration=saved["iteration"])
     except (KeyError, ValueError, RuntimeError) as error:
         fail(f"the checkpoint is not of this run: {str(error)[:300]}")
 
-def provenance() -> dict[str, Any]:
-    """What else decides a run's numbers: command, commit, device and versions."""
+def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
+    """Write args.json, all that decides a run's numbers, and go on with metrics after this step; returns their logger."""
+    folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
     device = f"{WORLD} x {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores"
-    return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
-            "versions": {d.name: d.version for d in metadata.distributions()}}
-
-def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
-    """Write args.json and open metrics.jsonl and TensorBoard, to go on after this step; returns their logger."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
+    about = {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
+             "versions": {package.name: package.version for package in metadata.distributions()}}
+    (folder / "args.json").write_text(json.dumps({"args": vars(args), **about}, indent=1) + "\n")
     if args.track:
         import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
                                     name=folder.name, dir=str(folder), sync_tensorboard=True)
     path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
-    if path.exists():  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
-        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
-        path.with_suffix(".tmp").write_text("".join(lines))
-        path.with_suffix(".tmp").replace(path)
+    path.touch()  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
+    lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+    os.truncate(path, sum(map(len, lines)))
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")
@@ -640,37 +609,35 @@ def open_device(args: Args) -> torch.device:
     gpu = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True  # TF32 on GPUs that have it, JAX's default there
+    torch.set_num_threads(1)  # small networks and, without a GPU, a simulator that runs on one thread: more would only wait
     if gpu:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
     if WORLD > 1:
         dist.init_process_group("nccl" if gpu else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
-def compiled(args: Args, device: torch.device, learner: Learner) -> tuple[Callable, Callable]:
+def compiled(args: Args, device: torch.device, learner: Learner) -> list[Callable]:
     """sample_policy and update_minibatch, with --compile compiled and on a GPU made CUDA graphs."""
-    sample, update = functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)
+    functions = [functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)]
     gpu = device.type == "cuda"
     if args.compile or (args.compile is None and gpu):
-        sample, update = torch.compile(sample), torch.compile(update)
+        functions = [torch.compile(function) for function in functions]
         if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
-            graph = functools.partial(import_module("tensordict.nn").CudaGraphModule, warmup=5)
-            sample, update = graph(sample), graph(update)
-    return sample, update
+            functions = [import_module("tensordict.nn").CudaGraphModule(function, warmup=5) for function in functions]
+    return functions
 
 def prepare_run(args: Args, device: torch.device, env: Any, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
     """A training state, new or a checkpoint's, and the first episodes."""
     groups, _ = env.reset()
     if any(not isinstance(x, Tensor) or x.ndim != 2 for x in groups.values()) or env.single_action_space.shape is None:
         fail(f"{args.env_id} must have vectors for observation groups and continuous actions")
-    observation = observe(groups)
     sizes = [groups[x].shape[-1] for x in ("policy", "actor", "critic") if x in groups]
     learner = init_learner(args, device, sizes[0], sizes[-1], env.single_action_space.shape[-1])
-    state = TrainState(learner, Statistics(0, torch.zeros(2, observation.shape[-1], device=device)), 0, observation,
-                       torch.zeros(3, len(observation), device=device))
+    observation = observe(groups)
+    statistics = Statistics(0, observation.new_zeros(2, observation.shape[-1]))
+    state = TrainState(learner, statistics, 0, observation, observation.new_zeros(len(observation), 2))
     state = fill_state(state, saved) if saved else state
     agent = Agent(args, device, env, env.max_episode_length, *compiled(args, device, learner))
     restart(agent, state, spread=True)
@@ -685,9 +652,9 @@ def averages(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, evaluate: Callable) -> int:
     """The training loop; returns the process's exit code."""
-    args, done, received = agent.args, state.iteration, []
+    args, done, received = agent.args, state.iteration, {}
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
-        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+        signal.signal(number, lambda n, _: (received.update(signal=n), signal.signal(n, signal.SIG_DFL)))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     log = open_run(folder, args, done * args.batch_size) if RANK == 0 else lambda *_: None
     started, code = time.perf_counter() - wall_time, 0
@@ -695,8 +662,7 @@ def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, 
         began = time.perf_counter()
         state, metrics = iterate(agent, state)
         done, step = state.iteration, state.iteration * args.batch_size
-        signals = {"signal": torch.tensor(received[0], device=agent.device)} if received else {}
-        metrics = averages(metrics | signals)
+        metrics = averages(metrics | {name: torch.tensor(n, device=agent.device) for name, n in received.items()})
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
         finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
         code = 1 if not finite else 128 + int(metrics.pop("signal")) if "signal" in metrics else 0
@@ -710,28 +676,28 @@ def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, 
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
-    print(folder)
+    print(folder, flush=True)
     return code
 
 def main(args: Args, kit: Any) -> None:
     """Make the environments, then train, resume or evaluate."""
     if args.device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
-    saved, device = read_checkpoint(args.resume or args.evaluate), open_device(args)
+    run = args.resume or args.evaluate
+    saved, device = read_checkpoint(run) if run else {}, open_device(args)
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     seed = int(np.random.SeedSequence([args.seed, RANK, saved.get("iteration", 0)]).generate_state(1)[0] >> 1)
     with contextlib.ExitStack() as stack:
         env = make_env(args, str(device), seed, kit, stack)
         agent, state = prepare_run(args, device, env, saved)
         if args.evaluate:
-            print(json.dumps({name: float(x) for name, x in play(agent, state, args.evaluate).items()}))
+            print(json.dumps({name: float(x) for name, x in play(agent, state, args.evaluate).items()}), flush=True)
         code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)), advance, play)
         if WORLD > 1:
             dist.barrier()  # torchrun ends all processes with the first that a signal stopped, and one is still saving
             dist.destroy_process_group()
         if args.track and RANK == 0:
             import_module("wandb").finish()  # all is written before Kit, closing, may end the process
-        sys.stdout.flush()
         sys.exit(code)
 
 if __name__ == "__main__":

@@ -41,18 +41,16 @@ from torch import Tensor, nn
 TASKS = tuple(f"{name}-v1" for name in (
     "PickCube StackCube PokeCube PullCube PushCube RollBall LiftPegUpright PlaceSphere PlugCharger PushT PullCubeTool "
     "TwoRobotPickCube TwoRobotStackCube").split())
-# Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15 (README.md). Instead, as REPPO's
-# code has it, 1 - 10 / time limit, which is 50 steps for most tasks and taken to be so for those of other modules.
-SUITE = dict(gamma=0.8, v_min=-15.0, v_max=15.0, reward_mode="normalized_dense")  # of which PlugCharger has none
+# Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15 (README.md).
+PAPER = dict(  # gamma is, as in REPPO's code, 1 - 10 / time limit: 50 steps for most tasks, and supposed for other modules'
+    total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
+    actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128, eval_interval=15,
+    checkpoint_interval=15, target_entropy_scale=0.665, gamma=0.8, v_min=-15.0, v_max=15.0, reward_mode="normalized_dense")
 SPECIAL = {"RollBall-v1": dict(gamma=0.875), "PlugCharger-v1": dict(gamma=0.95, reward_mode="sparse")} | dict.fromkeys(
     ("PushT-v1", "PullCubeTool-v1", "TwoRobotPickCube-v1", "TwoRobotStackCube-v1"), dict(gamma=0.9))
-PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
-    "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
-                  actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
-                  eval_interval=15, checkpoint_interval=15, target_entropy_scale=0.665),
-    "cpu": dict(total_timesteps=300_000, num_envs=32, num_steps=64, num_epochs=8, minibatch_size=256, hidden_dim=64,
-                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=32,
-                eval_interval=20, checkpoint_interval=20, target_entropy_scale=0.665)}
+PRESET = {"paper": PAPER, "cpu": PAPER | dict(  # sizes measured on two cores, see README.md
+    total_timesteps=300_000, num_envs=32, num_steps=64, minibatch_size=256, hidden_dim=64, actor_learning_rate=6e-4,
+    critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=32, eval_interval=20, checkpoint_interval=20)}
 ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
 STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
 TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
@@ -62,7 +60,7 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 # ------------------------------------------------------------------------------------------------------- arguments
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the suite."""
+    """Train a TruDi agent. A flag whose default is None takes the value of --preset or of the task."""
     env_id: str = "PushCube-v1"  # task of ManiSkill3, or module:id of one that the module registers
     exp_name: str = "trudi_maniskill"  # part of the run folder's name
     seed: int = 1  # of everything: networks, noise, environments
@@ -113,7 +111,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 def resolve(args: Args) -> Args:
-    """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
+    """Fill in what depends on task, preset and device; exit with code 2 on what cannot run."""
     if args.env_id not in TASKS and ":" not in args.env_id:
         near = difflib.get_close_matches(args.env_id, TASKS, 3, 0.4) or TASKS[:3]
         fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
@@ -121,7 +119,7 @@ def resolve(args: Args) -> Args:
         fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
     if args.device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
-    values = SUITE | PRESET[args.preset] | SPECIAL.get(args.env_id, {}) | {k: v for k, v in vars(args).items() if v is not None}
+    values = PRESET[args.preset] | SPECIAL.get(args.env_id, {}) | {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
     args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
@@ -132,15 +130,13 @@ def resolve(args: Args) -> Args:
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
         (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
-        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
-         f"--num-envs x --num-steps = {args.batch_size}"),
-        *((numbers[k] % WORLD == 0, f"{k} {numbers[k]} does not divide over {WORLD} processes") for k in split)]
+        (args.batch_size % max(args.minibatch_size, 1) == 0, "--minibatch-size must divide --num-envs x --num-steps"),
+        (math.gcd(*(numbers[k] for k in split)) % WORLD == 0, f"each of {', '.join(split)} must divide by {WORLD} processes")]
     for message in (message for holds, message in rules if not holds):
         fail(message)
     return args
 # ----------------------------------------------------------------------------------------------------- environment
-# What stays while training: environments are lists of ManiSkillVectorEnv, one on a GPU and E of size 1 on a CPU, where PhysX
-# holds one environment a scene; `sample` and `update` are sample_policy and update_minibatch, compiled if asked to.
+# `envs`: one ManiSkillVectorEnv on a GPU, E of size 1 on a CPU, whose PhysX has one in a scene; the last two may be compiled.
 Agent = namedtuple("Agent", "args device envs eval_envs time_limit sample update")
 # A rollout, (T, E, ...): raw observations, clipped actions (A,), latents a^1 ... a^N and means of a^0 ... a^(N-1) of the policy
 # that acted (N, A), true next observations, and which episodes seen whole ended here, with return, length and success.
@@ -216,8 +212,7 @@ class Actor(nn.Module):
         self.hidden = nn.ModuleList([linear(width, width) for _ in range(3)])
         self.output = linear(width, action_size)
         nn.init.zeros_(self.output.weight)  # so that the untrained policy is the prior's own process whatever it observes
-        friction = torch.full((action_size,), math.log(math.e - 1))  # softplus makes it 1
-        self.raw_friction = nn.Parameter(friction, requires_grad=args.learn_friction)
+        self.raw_friction = nn.Parameter(torch.full((action_size,), math.log(math.e - 1)), args.learn_friction)  # of softplus 1
     def step_sizes(self) -> Tensor:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
         n = torch.arange(1, self.num_steps + 1, device=self.raw_friction.device)[:, None] / self.num_steps
@@ -304,8 +299,7 @@ def hl_gauss(args: Args, returns: Tensor) -> Tensor:
     """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
     width = (args.v_max - args.v_min) / (args.num_atoms - 1)
     edges = torch.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1, device=returns.device)
-    centre = returns.clamp(args.v_min, args.v_max)[..., None]
-    cdf = torch.special.ndtr((edges - centre) / (HL_GAUSS_SIGMA * width))
+    cdf = torch.special.ndtr((edges - returns.clamp(args.v_min, args.v_max)[..., None]) / (HL_GAUSS_SIGMA * width))
     return torch.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
 
 def q_value(args: Args, logits: Tensor) -> Tensor:
@@ -372,6 +366,7 @@ def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, 
     descend(learner.dual_opt, dual_loss(learner.log_duals, args, bound, kl, batch.action.shape[-1]))
     return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), (kl > args.trust_region_bound).float().mean()])
 
+@torch.enable_grad()
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[str, Tensor]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
     args, size = agent.args, len(data.action)
@@ -389,8 +384,7 @@ def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees:
     torch.manual_seed(args.seed)
     actor, critic = Actor(args, actor_sees, action_size).to(device), Critic(args, critic_sees, action_size).to(device)
     log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
-    graphs = device.type == "cuda" and WORLD == 1 and args.compile is not False
-    adam = functools.partial(torch.optim.Adam, fused=True, capturable=graphs)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)  # the second for CUDA graphs; fused, it's the same
     return Learner(actor, critic, log_duals, adam([p for p in actor.parameters() if p.requires_grad], args.actor_learning_rate),
                    adam(critic.parameters(), args.critic_learning_rate), adam([log_duals], args.dual_learning_rate))
 
@@ -400,7 +394,6 @@ def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor
     noise = torch.randn(args.num_diffusion_steps + 1, len(seen), actor.raw_friction.numel(), device=seen.device)
     return sample_chain(actor, seen, noise), seen
 
-@torch.no_grad()
 def rollout(agent: Agent, state: TrainState) -> tuple[Tensor, Transition]:
     """Act for T steps with samples of the policy, keeping their chains; returns the observations to go on from, too."""
     observation, steps = state.observation, []
@@ -425,30 +418,28 @@ def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data:
 
 def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> tuple[Statistics, dict[str, Tensor]]:
     """Learn from a rollout: targets, epochs of updates, observation statistics."""
-    args = agent.args
-    with torch.no_grad():
-        # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
-        # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
-        merged = update_statistics(statistics, data.observation)
-        statistics = statistics if statistics.count else merged
-        target = critic_targets(agent, learner, statistics, data)
-        batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
-        batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
-        # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
-        rows = torch.randperm(len(batch.action), device=agent.device)[:args.minibatch_size // WORLD]
-        old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
-        noise = torch.randn(args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
-        fresh = sample_chain(learner.actor, some.observation, noise)
+    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
+    # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
+    merged = update_statistics(statistics, data.observation)
+    statistics = statistics if statistics.count else merged
+    target = critic_targets(agent, learner, statistics, data)
+    batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
+    batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
+    # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
+    rows = torch.randperm(len(batch.action), device=agent.device)[:agent.args.minibatch_size // WORLD]
+    old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
+    noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
+    fresh = sample_chain(learner.actor, some.observation, noise)
     metrics = learn(agent, learner, batch, old_h)
-    with torch.no_grad():
-        metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
-                    for name, x in (("stored", some), ("fresh", fresh))}
-        alpha, lambda_ = learner.log_duals.exp()
-        return merged, metrics | {
-            "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
-            "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
-            "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean()}
+    metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
+                for name, x in (("stored", some), ("fresh", fresh))}
+    alpha, lambda_ = learner.log_duals.exp()
+    return merged, metrics | {
+        "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
+        "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
+        "critic/targets_clipped": ((target < agent.args.v_min) | (target > agent.args.v_max)).float().mean()}
 
+@torch.no_grad()
 def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
     """One iteration: a rollout and what is learned from it."""
     # Noise from seed, process and iteration: evaluations don't disturb it, and a run that is continued needs no other state.
@@ -501,10 +492,8 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
         path.unlink()
 
-def read_checkpoint(run: str | None) -> dict[str, Any]:
+def read_checkpoint(run: str) -> dict[str, Any]:
     """What a run's newest checkpoint was given; exits with code 2 if it cannot be read. Nothing in it is executed."""
-    if not run:
-        return {}
     try:
         newest = max(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
         return torch.load(newest, map_location="cpu", weights_only=True)
@@ -516,34 +505,28 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
     try:
         for name in PARTS:
             getattr(state.learner, name).load_state_dict(saved[name])
-        for optimizer in state.learner[-3:]:  # for this device, which need not be that of the run so far
-            optimizer.param_groups[0]["capturable"] = optimizer.defaults["capturable"]
         state.learner.log_duals.data.copy_(saved["log_duals"])
         moments = state.statistics.moments.copy_(saved["moments"])
         return state._replace(statistics=Statistics(saved["count"], moments), iteration=saved["iteration"])
     except (KeyError, ValueError, RuntimeError) as error:
         fail(f"the checkpoint is not of this run: {str(error)[:300]}")
 
-def provenance() -> dict[str, Any]:
-    """What else decides a run's numbers: command, commit, device and versions."""
+def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
+    """Write args.json, all that decides a run's numbers, and go on with metrics after this step; returns their logger."""
+    folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
     device = f"{WORLD} x {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores"
-    return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
-            "versions": {d.name: d.version for d in metadata.distributions()}}
-
-def open_run(folder: pathlib.Path, args: Args, step: int) -> Callable:
-    """Write args.json and open metrics.jsonl and TensorBoard, to go on after this step; returns their logger."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
+    about = {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
+             "versions": {package.name: package.version for package in metadata.distributions()}}
+    (folder / "args.json").write_text(json.dumps({"args": vars(args), **about}, indent=1) + "\n")
     if args.track:
         import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
                                     name=folder.name, dir=str(folder), sync_tensorboard=True)
     path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
-    if path.exists():  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
-        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
-        path.with_suffix(".tmp").write_text("".join(lines))
-        path.with_suffix(".tmp").replace(path)
+    path.touch()  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
+    lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+    os.truncate(path, sum(map(len, lines)))
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")
@@ -576,26 +559,24 @@ def open_device(args: Args) -> torch.device:
     gpu = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = True  # TF32 on GPUs that have it, JAX's default there
+    torch.set_num_threads(1)  # small networks and, without a GPU, a simulator that runs on one thread: more would only wait
     if gpu:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)  # small networks and a simulator that runs on one thread: more only wait for each other
     if WORLD > 1:
         dist.init_process_group("nccl" if gpu else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
-def compiled(args: Args, device: torch.device, learner: Learner) -> tuple[Callable, Callable]:
+def compiled(args: Args, device: torch.device, learner: Learner) -> list[Callable]:
     """sample_policy and update_minibatch, with --compile compiled and on a GPU made CUDA graphs."""
-    sample, update = functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)
+    functions = [functools.partial(sample_policy, args, learner.actor), functools.partial(update_minibatch, learner, args)]
     gpu = device.type == "cuda"
     if args.compile or (args.compile is None and gpu):
-        sample, update = torch.compile(sample), torch.compile(update)
+        functions = [torch.compile(function) for function in functions]
         if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
-            graph = functools.partial(import_module("tensordict.nn").CudaGraphModule, warmup=5)
-            sample, update = graph(sample), graph(update)
-    return sample, update
+            functions = [import_module("tensordict.nn").CudaGraphModule(function, warmup=5) for function in functions]
+    return functions
 
 def prepare(args: Args, device: torch.device, saved: dict[str, Any]) -> tuple[Agent, TrainState]:
     """Environments, and a training state, new or a checkpoint's."""
@@ -623,9 +604,9 @@ def averages(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, evaluate: Callable) -> int:
     """The training loop; returns the process's exit code."""
-    args, done, received = agent.args, state.iteration, []
+    args, done, received = agent.args, state.iteration, {}
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
-        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+        signal.signal(number, lambda n, _: (received.update(signal=n), signal.signal(n, signal.SIG_DFL)))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     log = open_run(folder, args, done * args.batch_size) if RANK == 0 else lambda *_: None
     started, code = time.perf_counter() - wall_time, 0
@@ -633,8 +614,7 @@ def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, 
         began = time.perf_counter()
         state, metrics = iterate(agent, state)
         done, step = state.iteration, state.iteration * args.batch_size
-        signals = {"signal": torch.tensor(received[0], device=agent.device)} if received else {}
-        metrics = averages(metrics | signals)
+        metrics = averages(metrics | {name: torch.tensor(n, device=agent.device) for name, n in received.items()})
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
         finite = all(math.isfinite(x) for name, x in metrics.items() if name.startswith(("losses", "trust")))
         code = 1 if not finite else 128 + int(metrics.pop("signal")) if "signal" in metrics else 0
@@ -648,13 +628,14 @@ def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, 
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if RANK == 0 and (code or done == args.num_iterations or done % args.checkpoint_interval == 0):
             save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
-    print(folder)
+    print(folder, flush=True)
     return code
 
 def main() -> None:
     """Parse, make the environments, then train, resume or evaluate."""
     args = parse()
-    saved, device = read_checkpoint(args.resume or args.evaluate), open_device(args)
+    run = args.resume or args.evaluate
+    saved, device = read_checkpoint(run) if run else {}, open_device(args)
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     agent, state = prepare(args, device, saved)
     if args.evaluate:
