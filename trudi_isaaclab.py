@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["gymnasium[mujoco]>=1.0", "imageio-ffmpeg>=0.5", "mjlab==1.6.0", "tensorboard>=2.18", "tensorboardx>=2.6.2",
-#                 "tensordict>=0.10", "torch==2.13.0", "tyro>=1.0", "wandb>=0.19.10"]
+# dependencies = ["imageio[ffmpeg]>=2.34", "mjlab==1.6.0", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tensordict>=0.10",
+#                 "torch==2.13.0", "tyro>=1.0", "wandb>=0.19.10"]
 # ///
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on Isaac Lab 2.3 and 3.0 and on mjlab, in one file.
 
@@ -640,6 +640,7 @@ def prepare_run(args: Args, device: torch.device, env: Any, saved: dict[str, Any
     state = TrainState(learner, statistics, 0, observation, observation.new_zeros(len(observation), 2))
     state = fill_state(state, saved) if saved else state
     agent = Agent(args, device, env, env.max_episode_length, *compiled(args, device, learner))
+    torch.manual_seed(args.seed + RANK)  # processes draw clocks of their own
     restart(agent, state, spread=True)
     return agent, state
 
