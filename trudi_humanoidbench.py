@@ -23,13 +23,12 @@ import logging
 import multiprocessing
 import os
 import pathlib
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module, metadata, util
 from typing import Any, Literal
 
@@ -125,8 +124,7 @@ def resolve(args: Args) -> Args:
             "; git clone https://github.com/carlosferrazza/humanoid-bench && pip install --no-deps -e ./humanoid-bench && pip "
             "install mujoco==3.1.6 dm_control==1.0.20 torch opencv-python-headless natsort" if args.env_id in TASKS else ""))
     multiprocessing.set_forkserver_preload(["flax.nnx", "optax", "orbax.checkpoint", "tensorboardX", "tyro", module])
-    if args.device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu" if args.device == "cpu" else jax.config.jax_platforms)
     try:
         devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
     except RuntimeError as error:
@@ -143,10 +141,8 @@ def resolve(args: Args) -> Args:
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
         (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
-        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
-         f"--num-envs x --num-steps = {args.batch_size}"),
-        (args.num_devices <= len(devices), f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here; on a CPU, "
-         f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more"),
+        (args.batch_size % max(args.minibatch_size, 1) == 0, "--minibatch-size must divide --num-envs x --num-steps"),
+        (args.num_devices <= len(devices), f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here"),
         *((numbers[k] % shards == 0, f"{k} {numbers[k]} does not divide over {shards} devices") for k in split)]
     for message in (message for holds, message in rules if not holds):
         fail(message)
@@ -154,8 +150,8 @@ def resolve(args: Args) -> Args:
 # ---------------------------------------------------------------------------------------- environments and workers
 Agent = namedtuple("Agent", "args env mesh")  # what stays constant while training; compiled programs close over it
 Task = namedtuple("Task", "observation_size action_size time_limit success_bar fps")
-# A rollout, (T, E, ...): raw observations, clipped actions (A,), a^1 ... a^N and means of a^0 ... a^(N-1) as sampled (N, A).
-Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation")
+# A rollout, (T, E, ...): raw observations, a^1 ... a^N and means of a^0 ... a^(N-1) as sampled (N, A), clipped actions (A,).
+Transition = namedtuple("Transition", "observation latents means action reward terminated truncated next_observation")
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit."""
     name = f"humanoid_bench:{env_id}" if env_id in TASKS else env_id
@@ -182,42 +178,39 @@ def load_agent(args: Args) -> Agent:
     task = Task(*sizes, env.spec.max_episode_steps, getattr(bar, "success_bar", None), env.metadata.get("render_fps", 30))
     return Agent(args, task, jax.sharding.Mesh(jax.local_devices()[:args.num_devices], ("env",)))
 
-def reset_slot(env: gym.Env, slot: np.void) -> None:
-    """Start an environment; `spread` starts its clock anywhere in an episode, so that time-outs do not coincide."""
-    seed = int(slot["seed"])
-    random.seed(seed)
-    np.random.seed(seed)  # some of HumanoidBench's goals come from the process's global generator
-    slot["observation"], _ = env.reset(seed=seed)
-    if slot["spread"]:
-        env.set_wrapper_attr("_elapsed_steps", int(np.random.default_rng(seed).integers(env.spec.max_episode_steps)))
+def reset_slots(envs: list[tuple[gym.Env, np.void]]) -> None:
+    """Start environments; `spread` starts a clock anywhere in an episode, so that time-outs do not coincide."""
+    for env, slot in envs:
+        seed = int(slot["seed"])
+        np.random.seed(seed)  # some of HumanoidBench's goals come from the process's global generator
+        slot["observation"], _ = env.reset(seed=seed)
+        if slot["spread"]:
+            env.set_wrapper_attr("_elapsed_steps", int(np.random.default_rng(seed).integers(env.spec.max_episode_steps)))
 
-def step_slot(env: gym.Env, slot: np.void) -> None:
-    """Step an environment and, at its episode's end, reset it; the true next observation stays beside the one to act on."""
-    slot["observation"], slot["reward"], terminated, truncated, info = env.step(slot["action"])
-    slot["terminated"], slot["truncated"] = terminated, truncated and not terminated
-    slot["next_observation"], slot["success"] = slot["observation"], info.get("success", np.nan)
-    if terminated or truncated:
-        slot["total"], slot["length"] = info["episode"]["r"], info["episode"]["l"]
-        slot["observation"], _ = env.reset()
+def step_slots(envs: list[tuple[gym.Env, np.void]]) -> None:
+    """Step the active environments; where an episode ends, the true next observation stays beside that of the next one."""
+    for env, slot in ((env, slot) for env, slot in envs if slot["active"]):
+        slot["observation"], slot["reward"], terminated, truncated, info = env.step(slot["action"])
+        slot["terminated"], slot["truncated"] = terminated, truncated and not terminated
+        slot["next_observation"], slot["success"] = slot["observation"], np.fmax(slot["success"], info.get("success", np.nan))
+        if terminated or truncated:
+            slot["total"], slot["length"] = info["episode"]["r"], info["episode"]["l"]
+            slot["observation"], _ = env.reset()
 
 def work(pipe: Any, memory: Any, dtype: np.dtype, rows: list, env_id: str, render_mode: str | None, patience: float) -> None:
-    """A worker process: resets or steps the environments `rows` until the pipe closes. An exception, crash or hang of one
-    ends the process, with a traceback on stderr."""
+    """A worker process, until the pipe closes. An exception, crash or hang of an environment ends it, with a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the learner decides
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.setitimer(signal.ITIMER_REAL, patience)
-    slots, envs = np.frombuffer(memory, dtype), {i: make_env(env_id, render_mode if i == 0 else None) for i in rows}
-    def requests() -> Iterator[tuple[bool, int]]:
+    envs = [(make_env(env_id, render_mode), np.frombuffer(memory, dtype)[i]) for i in rows]
+    with contextlib.suppress(EOFError, ConnectionError):  # the learner has gone
         while True:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            start = pipe.recv()
+            advance = reset_slots if pipe.recv() else step_slots
             signal.setitimer(signal.ITIMER_REAL, patience)
-            yield from ((start, i) for i in rows if slots["active"][i])
-            pipe.send(envs[0].render() if 0 in rows and render_mode else None)
-    with contextlib.suppress(EOFError, ConnectionError):  # the learner has gone
-        for start, i in requests():
-            reset_slot(envs[i], slots[i]) if start else step_slot(envs[i], slots[i])
+            advance(envs)
+            pipe.send(envs[0][0].render() if render_mode else None)
 
 class Simulators:
     """E environments, a slice in each of several worker processes; they share `slots` (E,), what is asked and comes of each."""
@@ -229,8 +222,8 @@ class Simulators:
         memory = context.RawArray("b", num_envs * dtype.itemsize)
         self.slots = np.frombuffer(memory, dtype)
         for rows in map(list, np.array_split(range(num_envs), min(num_workers, num_envs))):
-            pipe, other = context.Pipe()
-            worker = context.Process(target=work, args=(other, memory, dtype, rows, env_id, render_mode, PATIENCE), daemon=True,
+            (pipe, other), mode = context.Pipe(), render_mode if 0 in rows else None
+            worker = context.Process(target=work, args=(other, memory, dtype, rows, env_id, mode, PATIENCE), daemon=True,
                                      name=f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}")
             worker.start()
             other.close()
@@ -244,23 +237,17 @@ class Simulators:
         except (EOFError, ConnectionError):
             multiprocessing.connection.wait([worker.sentinel for worker, _ in self.workers], 5)
             dead = next(worker for worker, _ in self.workers if worker.exitcode is not None)
-            self.close()
             raise RuntimeError(f"{dead.name} ended with code {dead.exitcode}; the lines above say why") from None
     def reset(self, *numbers: int, spread: bool = False) -> None:
-        """Start all environments, with seeds that are made of these numbers; see reset_slot for `spread`."""
-        self.slots["active"], self.slots["spread"] = True, spread
+        """Start all environments, with seeds that are made of these numbers; see reset_slots for `spread`."""
+        self.slots["active"], self.slots["spread"], self.slots["success"] = True, spread, np.nan
         self.slots["seed"] = np.random.SeedSequence(numbers).generate_state(len(self.slots))
         self.request(start=True)
     def step(self, action: Array) -> np.ndarray:
-        """Step the active environments with actions (E, A); returns the slots, which the next step overwrites."""
-        self.slots["action"] = action
+        """Step the active environments with actions (E, A), clipped; returns the slots, which the next step overwrites."""
+        self.slots["action"] = np.clip(action, -ACTION_LIMIT, ACTION_LIMIT)
         self.request(start=False)
         return self.slots
-    def close(self) -> None:
-        """End the workers."""
-        for worker, _ in self.workers:
-            worker.terminate()
-            worker.join()
 
 Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
 def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
@@ -295,9 +282,8 @@ class Actor(nnx.Module):
     def embed(self, observation: Array) -> tuple[Array, Array]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
         angle = jnp.arange(1, self.num_steps + 1)[:, None] * 10000.0 ** -jnp.arange(0, 1, 2 / TIME_FEATURES)
-        time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
-        time = self.time_mlp[1](nnx.gelu(self.time_mlp[0](time)))
-        kernel = self.input.kernel[...]
+        hidden = nnx.gelu(self.time_mlp[0](jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)))
+        time, kernel = self.time_mlp[1](hidden), self.input.kernel[...]
         return observation @ kernel[:observation.shape[-1]] + self.input.bias[...], time @ kernel[-TIME_FEATURES:]
     def __call__(self, state: Array, time: Array, latent: Array) -> Array:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
@@ -350,9 +336,8 @@ def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: floa
     return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
 
 def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array, old_h: Array) -> Array:
-    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
-    closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
-    (state, time), h = actor.embed(observation), actor.step_sizes()
+    """c(s), (B,): closed-form KL of old trajectories from the actor's, on old chains (B, N, A) with step sizes old_h (N, A)."""
+    (state, time), h = actor.embed(observation), actor.step_sizes()  # the prior's KL is 0, and tanh changes nothing
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
@@ -393,12 +378,11 @@ def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
 
 def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Batch, old_h: Array, noise: Array) -> tuple:
     """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
-    alpha, lambda_ = jnp.exp(duals["log_alpha"]), jnp.exp(duals["log_lambda"])
     chain = sample_chain(actor, batch.seen_by_actor, noise, unroll=True)  # as a loop its gradient is 3x slower on a CPU
     q = q_value(args, critic(batch.seen_by_critic, chain.action))
-    improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
+    improve = -jnp.exp(duals["log_alpha"]) * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
     kl = trajectory_kl(actor, batch.seen_by_actor, batch.latents, batch.means, old_h)
-    loss = jnp.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
+    loss = jnp.where(kl <= args.trust_region_bound, improve, jnp.exp(duals["log_lambda"]) * kl)  # Eq. 181, for each state
     return loss.mean(), (chain.entropy_bound, kl)
 
 def dual_loss(duals: dict, args: Args, bound: Array, kl: Array, action_size: int) -> Array:
@@ -410,19 +394,17 @@ def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: Array,
     """One gradient step each of critic, actor and duals."""
     args, (actor_opt, critic_opt, dual_opt) = agent.args, optimizers(agent.args)
     noise = jax.random.normal(key, (args.num_diffusion_steps + 1, *batch.action.shape))
-    value, gradient = jax.value_and_grad(critic_loss)(learner.critic, args, batch)
-    update, critic_state = critic_opt.update(gradient, learner.critic_opt)
-    critic = optax.apply_updates(learner.critic, update)
-    (loss, (bound, kl)), gradient = jax.value_and_grad(actor_loss, has_aux=True)(
-        learner.actor, args, critic, learner.duals, batch, old_h, noise)
-    update, actor_state = actor_opt.update(gradient, learner.actor_opt)
-    actor = optax.apply_updates(learner.actor, update)
-    gradient = jax.grad(dual_loss)(learner.duals, args, bound, kl, batch.action.shape[-1])
-    update, dual_state = dual_opt.update(gradient, learner.dual_opt)
-    duals = optax.apply_updates(learner.duals, update)
+    def descend(optimizer: Any, moments: Any, loss: Callable, parameters: Any, *inputs: Any, has_aux: bool = False) -> tuple:
+        value, gradient = jax.value_and_grad(loss, has_aux=has_aux)(parameters, args, *inputs)
+        update, moments = optimizer.update(gradient, moments)
+        return value, optax.apply_updates(parameters, update), moments
+    value, critic, critic_opt = descend(critic_opt, learner.critic_opt, critic_loss, learner.critic, batch)
+    (loss, (bound, kl)), actor, actor_opt = descend(
+        actor_opt, learner.actor_opt, actor_loss, learner.actor, critic, learner.duals, batch, old_h, noise, has_aux=True)
+    _, duals, dual_opt = descend(dual_opt, learner.dual_opt, dual_loss, learner.duals, bound, kl, batch.action.shape[-1])
     metrics = {"losses/critic": value, "losses/actor": loss, "entropy/bound": bound.mean(), "trust_region/kl": kl.mean(),
                "trust_region/violated": (kl > args.trust_region_bound).mean()}
-    return Learner(actor, critic, duals, actor_state, critic_state, dual_state), metrics
+    return Learner(actor, critic, duals, actor_opt, critic_opt, dual_opt), metrics
 
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Array, key: Array) -> tuple[Learner, dict[str, Array]]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
@@ -452,21 +434,15 @@ def sample_policy(agent: Agent, actor: Actor, observation: Array, key: Array) ->
     shape = (agent.args.num_diffusion_steps + 1, len(observation), agent.env.action_size)
     return sample_chain(actor, observation, jax.random.normal(key, shape))
 
-def act(agent: Agent, actor: Actor, statistics: Statistics, observation: Array, key: Array) -> tuple[Array, Array, Array]:
-    """What a rollout keeps of chains at raw observations: actions for the simulator, latents and means."""
-    chain = sample_policy(agent, actor, normalize(statistics, observation), key)
-    return jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT), chain.latents, chain.means
-
 def collect(agent: Agent, act: Callable, envs: Simulators, state: TrainState) -> tuple[Transition, dict[str, np.ndarray]]:
     """A rollout of T steps with samples of the policy, and the mean return and length of the episodes seen whole."""
     rows = []
     for key in np.asarray(jax.random.split(jax.random.split(state.key, 5)[0], agent.args.num_steps)):
         observation = envs.slots["observation"].copy()
-        choice = act(state.learner.actor, state.statistics, observation, key)
-        rows.append((observation, *choice, envs.step(choice[0]).copy()))
-    *before, after = zip(*rows, strict=True)
-    after = np.stack(after)
-    data = Transition(*map(jnp.stack, before), *(after[name] for name in Transition._fields[4:]))
+        chain = act(state.learner.actor, state.statistics, observation, key)
+        rows.append((observation, chain.latents, chain.means, envs.step(chain.action).copy()))
+    *before, after = map(np.stack, zip(*rows, strict=True))
+    data = Transition(*before, *(after[name] for name in Transition._fields[3:]))
     # First episodes start with their clocks advanced: those that these cut off are left out.
     ended = after[after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))]
     episodes = {"charts/episodes": len(ended)}
@@ -520,55 +496,40 @@ def evaluation_action(agent: Agent, learner: Learner, seen: tuple[Array, Array],
     q = jax.vmap(lambda action: q_value(agent.args, learner.critic(seen[1], action)))(actions)
     return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
 
-def decide(agent: Agent, learner: Learner, statistics: Statistics, observation: Array, key: Array) -> Array:
-    """Evaluation's actions (B, A) for the simulator at raw observations."""
-    seen = normalize(statistics, observation)
-    return jnp.clip(evaluation_action(agent, learner, (seen, seen), key), -ACTION_LIMIT, ACTION_LIMIT)
-
 def play(agent: Agent, decide: Callable, envs: Simulators, state: TrainState, folder: str | pathlib.Path) -> dict[str, float]:
     """An episode in each of --num-eval-envs environments: metrics and, with --capture-video, an mp4 of the first one's."""
-    iteration, slots, frames, success = int(state.iteration), envs.slots, [], np.full(len(envs.slots), np.nan)
+    iteration, slots, frames = int(state.iteration), envs.slots, []
     envs.reset(agent.args.seed, iteration, 1)
     keys = jax.random.split(jax.random.fold_in(state.key, 2**31), agent.env.time_limit)  # training folds in no such number
     for key in itertools.takewhile(lambda _: slots["active"].any(), np.asarray(keys)):
         frames += [envs.frame] if slots["active"][0] and agent.args.capture_video else []
         envs.step(decide(state.learner, state.statistics, slots["observation"].copy(), key))
-        success = np.fmax(success, slots["success"])
         slots["active"] &= ~(slots["terminated"] | slots["truncated"])
     if frames:
         path = pathlib.Path(folder, "videos", f"step_{iteration * agent.args.batch_size}.mp4")
         path.parent.mkdir(exist_ok=True)
         import_module("imageio").mimsave(path, frames, fps=agent.env.fps)
-    total, bar = slots["total"], agent.env.success_bar
+    total, success, bar = slots["total"], slots["success"], agent.env.success_bar
     metrics = {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
                "eval/episodic_length": slots["length"].mean()}
-    if bar is not None:
-        metrics |= {"eval/success_bar": bar, "eval/success": np.where(np.isnan(success), total >= bar, success > 0).mean()}
-    return {name: float(x) for name, x in metrics.items()}
+    return metrics if bar is None else metrics | {
+        "eval/success_bar": bar, "eval/success": np.where(np.isnan(success), total >= bar, success > 0).mean()}
 # -------------------------------------------------------------------------------------- run folder and checkpoints
-def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
-    return ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(), item_handlers=ocp.PyTreeCheckpointHandler(),
-                                 options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options))
-
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
 
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
-    """Write the whole training state and the seconds that it took."""
-    with checkpoints(run, max_to_keep=3) as manager:
+    """Write the whole training state, in NumPy arrays, and the seconds that it took; keep the last three."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(run.resolve() / "checkpoints", options=options) as manager:  # it never reads unfinished ones
         manager.save(step, args=ocp.args.PyTreeSave({"state": named_leaves(state), "wall_time": np.float64(wall_time)}))
 
-def read_checkpoint(run: str | None) -> dict[str, Any]:
-    """What a run's newest checkpoint was given, as NumPy arrays; exits with code 2 if it cannot be read."""
-    if not run:
-        return {}
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
     try:
-        with checkpoints(run, read_only=True) as manager:
-            saved = manager.item_metadata(manager.latest_step()).tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True)) as manager:
+            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
         fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
 
@@ -634,7 +595,7 @@ def main() -> None:
     """Parse, start the simulators, compile, then train, resume or evaluate."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
     args = parse()
-    saved = read_checkpoint(args.resume or args.evaluate)
+    saved = read_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir) or None)
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -643,13 +604,14 @@ def main() -> None:
     whole, split = NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P("env"))
     init, key = functools.partial(new_state, agent), jax.random.PRNGKey(args.seed)
     state = jax.device_put(fill_state(jax.eval_shape(init, key), saved["state"]) if saved else jax.jit(init)(key), whole)
-    sample, choose = (jax.jit(functools.partial(f, agent), in_shardings=(whole, whole, split, whole)) for f in (act, decide))
+    compiled = functools.partial(jax.jit, in_shardings=(whole, whole, split, whole))
+    sample = compiled(lambda actor, moments, x, key: sample_policy(agent, actor, normalize(moments, x), key))
+    choose = compiled(lambda learner, moments, x, key: evaluation_action(agent, learner, (normalize(moments, x),) * 2, key))
     eval_envs = Simulators(args.env_id, agent.env, args.num_eval_envs, args.num_workers, render_mode)
     if args.evaluate:
         print(json.dumps(play(agent, choose, eval_envs, state, args.evaluate)))
         return
-    envs = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers)
-    began = time.perf_counter()
+    envs, began = Simulators(args.env_id, agent.env, args.num_envs, args.num_workers), time.perf_counter()
     choose(state.learner, state.statistics, eval_envs.slots["observation"], key)
     data, _ = collect(agent, sample, envs, state)  # environments that have not been reset stay idle: this only compiles
     learn_from = jax.jit(functools.partial(update, agent), out_shardings=whole, donate_argnums=0).lower(state, data).compile()
@@ -680,7 +642,7 @@ def main() -> None:
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
-            save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
+            save_checkpoint(folder / ("" if finite else "diverged"), jax.device_get(state), step, time.perf_counter() - started)
     print(folder)
     sys.exit(code)
 

@@ -230,9 +230,8 @@ class Actor(nnx.Module):
     def embed(self, observation: Array) -> tuple[Array, Array]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
         angle = jnp.arange(1, self.num_steps + 1)[:, None] * 10000.0 ** -jnp.arange(0, 1, 2 / TIME_FEATURES)
-        time = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
-        time = self.time_mlp[1](nnx.gelu(self.time_mlp[0](time)))
-        kernel = self.input.kernel[...]
+        hidden = nnx.gelu(self.time_mlp[0](jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)))
+        time, kernel = self.time_mlp[1](hidden), self.input.kernel[...]
         return observation @ kernel[:observation.shape[-1]] + self.input.bias[...], time @ kernel[-TIME_FEATURES:]
     def __call__(self, state: Array, time: Array, latent: Array) -> Array:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
@@ -285,9 +284,8 @@ def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: floa
     return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
 
 def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array, old_h: Array) -> Array:
-    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
-    closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
-    (state, time), h = actor.embed(observation), actor.step_sizes()
+    """c(s), (B,): closed-form KL of old trajectories from the actor's, on old chains (B, N, A) with step sizes old_h (N, A)."""
+    (state, time), h = actor.embed(observation), actor.step_sizes()  # the prior's KL is 0, and tanh changes nothing
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
@@ -328,12 +326,11 @@ def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
 
 def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Batch, old_h: Array, noise: Array) -> tuple:
     """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
-    alpha, lambda_ = jnp.exp(duals["log_alpha"]), jnp.exp(duals["log_lambda"])
     chain = sample_chain(actor, batch.seen_by_actor, noise, unroll=True)  # as a loop its gradient is 3x slower on a CPU
     q = q_value(args, critic(batch.seen_by_critic, chain.action))
-    improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
+    improve = -jnp.exp(duals["log_alpha"]) * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
     kl = trajectory_kl(actor, batch.seen_by_actor, batch.latents, batch.means, old_h)
-    loss = jnp.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
+    loss = jnp.where(kl <= args.trust_region_bound, improve, jnp.exp(duals["log_lambda"]) * kl)  # Eq. 181, for each state
     return loss.mean(), (chain.entropy_bound, kl)
 
 def dual_loss(duals: dict, args: Args, bound: Array, kl: Array, action_size: int) -> Array:
@@ -345,19 +342,17 @@ def update_minibatch(agent: Agent, learner: Learner, batch: Batch, old_h: Array,
     """One gradient step each of critic, actor and duals."""
     args, (actor_opt, critic_opt, dual_opt) = agent.args, optimizers(agent.args)
     noise = jax.random.normal(key, (args.num_diffusion_steps + 1, *batch.action.shape))
-    value, gradient = jax.value_and_grad(critic_loss)(learner.critic, args, batch)
-    update, critic_state = critic_opt.update(gradient, learner.critic_opt)
-    critic = optax.apply_updates(learner.critic, update)
-    (loss, (bound, kl)), gradient = jax.value_and_grad(actor_loss, has_aux=True)(
-        learner.actor, args, critic, learner.duals, batch, old_h, noise)
-    update, actor_state = actor_opt.update(gradient, learner.actor_opt)
-    actor = optax.apply_updates(learner.actor, update)
-    gradient = jax.grad(dual_loss)(learner.duals, args, bound, kl, batch.action.shape[-1])
-    update, dual_state = dual_opt.update(gradient, learner.dual_opt)
-    duals = optax.apply_updates(learner.duals, update)
+    def descend(optimizer: Any, moments: Any, loss: Callable, parameters: Any, *inputs: Any, has_aux: bool = False) -> tuple:
+        value, gradient = jax.value_and_grad(loss, has_aux=has_aux)(parameters, args, *inputs)
+        update, moments = optimizer.update(gradient, moments)
+        return value, optax.apply_updates(parameters, update), moments
+    value, critic, critic_opt = descend(critic_opt, learner.critic_opt, critic_loss, learner.critic, batch)
+    (loss, (bound, kl)), actor, actor_opt = descend(
+        actor_opt, learner.actor_opt, actor_loss, learner.actor, critic, learner.duals, batch, old_h, noise, has_aux=True)
+    _, duals, dual_opt = descend(dual_opt, learner.dual_opt, dual_loss, learner.duals, bound, kl, batch.action.shape[-1])
     metrics = {"losses/critic": value, "losses/actor": loss, "entropy/bound": bound.mean(), "trust_region/kl": kl.mean(),
                "trust_region/violated": (kl > args.trust_region_bound).mean()}
-    return Learner(actor, critic, duals, actor_state, critic_state, dual_state), metrics
+    return Learner(actor, critic, duals, actor_opt, critic_opt, dual_opt), metrics
 
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Array, key: Array) -> tuple[Learner, dict[str, Array]]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
@@ -467,29 +462,21 @@ def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
     return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
             "eval/episodic_length": length.mean()}, frames
 # -------------------------------------------------------------------------------------- run folder and checkpoints
-def checkpoints(run: pathlib.Path | str, **options: Any) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder; Orbax never takes an unfinished one for one."""
-    return ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(), item_handlers=ocp.PyTreeCheckpointHandler(),
-                                 options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options))
-
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
 
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
-    """Write the whole training state and the seconds that it took."""
-    with checkpoints(run, max_to_keep=3) as manager:
+    """Write the whole training state, in NumPy arrays, and the seconds that it took; keep the last three."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(run.resolve() / "checkpoints", options=options) as manager:  # it never reads unfinished ones
         manager.save(step, args=ocp.args.PyTreeSave({"state": named_leaves(state), "wall_time": np.float64(wall_time)}))
 
-def read_checkpoint(run: str | None) -> dict[str, Any]:
-    """What a run's newest checkpoint was given, as NumPy arrays; exits with code 2 if it cannot be read."""
-    if not run:
-        return {}
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
     try:
-        with checkpoints(run, read_only=True) as manager:
-            saved = manager.item_metadata(manager.latest_step()).tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True)) as manager:
+            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
         fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
 
@@ -617,7 +604,8 @@ def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: 
         if not finite:
             print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
         if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
-            save_checkpoint(folder if finite else folder / "diverged", state, step, time.perf_counter() - started)
+            whole = multihost_utils.process_allgather(state, tiled=True)
+            save_checkpoint(folder if finite else folder / "diverged", whole, step, time.perf_counter() - started)
     print(folder)
     return code
 
@@ -630,7 +618,7 @@ def main() -> None:
         # MJX would put its constants on the first host's device, where the others cannot read them.
         import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
     args = parse()
-    saved = read_checkpoint(args.resume or args.evaluate)
+    saved = read_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
     if args.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
     if args.capture_video:

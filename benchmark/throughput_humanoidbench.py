@@ -14,7 +14,6 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -45,19 +44,23 @@ def single(options: Options, action_size: int) -> Callable[[], None]:
             env.reset()
     return step
 
-def ours(options: Options, task: trudi.Task) -> tuple[Callable[[], None], Any]:
-    """A step of all environments in the script's workers."""
+def ours(options: Options, task: trudi.Task) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A step of all environments in the script's workers, and their end."""
     envs, rng = trudi.Simulators(options.env_id, task, options.num_envs, options.num_workers), np.random.default_rng(0)
     envs.reset(0)
-    return lambda: envs.step(rng.uniform(-1, 1, (options.num_envs, task.action_size))), envs
+    def stop() -> None:
+        for worker, _ in envs.workers:
+            worker.terminate()
+            worker.join()
+    return lambda: envs.step(rng.uniform(-1, 1, (options.num_envs, task.action_size))), stop
 
-def gymnasiums(options: Options, action_size: int) -> tuple[Callable[[], None], Any]:
-    """A step of all environments in Gymnasium's processes."""
+def gymnasiums(options: Options, action_size: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A step of all environments in Gymnasium's processes, and their end."""
     envs = gym.vector.AsyncVectorEnv([lambda: trudi.make_env(options.env_id)] * options.num_envs, context="forkserver",
                                      autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     rng = np.random.default_rng(0)
     envs.reset(seed=0)
-    return lambda: envs.step(rng.uniform(-1, 1, (options.num_envs, action_size)).astype(np.float32)), envs
+    return lambda: envs.step(rng.uniform(-1, 1, (options.num_envs, action_size)).astype(np.float32)), envs.close
 
 def rate(step: Callable[[], None], steps: int, seconds: float) -> dict[str, float]:
     """Environment steps a second of calls that are `steps` of them each, and this process's CPU seconds for one."""
@@ -77,9 +80,9 @@ def main() -> None:
     names = {f"{options.num_workers} workers": lambda: ours(options, task),
              "AsyncVectorEnv": lambda: gymnasiums(options, task.action_size)}
     for name, start in names.items():
-        step, envs = start()
+        step, stop = start()
         rounds = [(rate(one, 1, options.seconds), rate(step, options.num_envs, options.seconds)) for _ in range(options.rounds)]
-        envs.close()
+        stop()
         alone, both = ([x[k]["steps_per_second"] for x in rounds] for k in (0, 1))
         ratio, cpu = np.median(np.divide(both, alone)), np.median([x[1]["cpu_per_step"] for x in rounds])
         results[name] = {"alone": alone, "steps_per_second": both, "median_ratio": ratio, "cpu_per_step": cpu}
