@@ -23,6 +23,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -182,6 +183,7 @@ def reset_slots(envs: list[tuple[gym.Env, np.void]]) -> None:
     """Start environments; `spread` starts a clock anywhere in an episode, so that time-outs do not coincide."""
     for env, slot in envs:
         seed = int(slot["seed"])
+        random.seed(seed)
         np.random.seed(seed)  # some of HumanoidBench's goals come from the process's global generator
         slot["observation"], _ = env.reset(seed=seed)
         if slot["spread"]:
@@ -422,11 +424,10 @@ TrainState = namedtuple("TrainState", "learner statistics key iteration")  # eve
 def new_state(agent: Agent, key: Array) -> TrainState:
     """Networks, duals, Adam and statistics from the seed's key."""
     actor_key, critic_key, key = jax.random.split(key, 3)
-    sizes = agent.env.observation_size, agent.env.action_size
-    actor, critic = (kind(agent.args, *sizes, nnx.Rngs(k)) for kind, k in ((Actor, actor_key), (Critic, critic_key)))
+    actor, critic = (kind(agent.args, *agent.env[:2], nnx.Rngs(k)) for kind, k in ((Actor, actor_key), (Critic, critic_key)))
     duals = {name: jnp.log(INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
     moments = [o.init(p) for o, p in zip(optimizers(agent.args), (actor, critic, duals), strict=True)]
-    statistics = Statistics(jnp.zeros(()), jnp.zeros((2, sizes[0])))
+    statistics = Statistics(jnp.zeros(()), jnp.zeros((2, agent.env.observation_size)))
     return TrainState(Learner(actor, critic, duals, *moments), statistics, key, jnp.zeros((), int))
 
 def sample_policy(agent: Agent, actor: Actor, observation: Array, key: Array) -> Chain:
@@ -443,8 +444,7 @@ def collect(agent: Agent, act: Callable, envs: Simulators, state: TrainState) ->
         rows.append((observation, chain.latents, chain.means, envs.step(chain.action).copy()))
     *before, after = map(np.stack, zip(*rows, strict=True))
     data = Transition(*before, *(after[name] for name in Transition._fields[3:]))
-    # First episodes start with their clocks advanced: those that these cut off are left out.
-    ended = after[after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))]
+    ended = after[after["terminated"] | (after["truncated"] & (after["length"] == agent.env.time_limit))]  # clocks begin spread
     episodes = {"charts/episodes": len(ended)}
     if len(ended):  # else the rollout has no mean return
         episodes |= {"charts/episodic_return": ended["total"].mean(), "charts/episodic_length": ended["length"].mean()}
@@ -528,7 +528,8 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
 def read_checkpoint(run: str) -> dict[str, Any]:
     """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
     try:
-        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True)) as manager:
+        options = ocp.CheckpointManagerOptions(read_only=True)  # a run that still goes on is left alone
+        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True), options=options) as manager:
             return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
         fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
@@ -560,10 +561,9 @@ def open_run(folder: pathlib.Path, args: Args) -> None:
 def open_log(folder: pathlib.Path, step: int) -> Callable:
     """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
     path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
-    if path.exists():  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
-        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
-        path.with_suffix(".tmp").write_text("".join(lines))
-        path.with_suffix(".tmp").replace(path)
+    path.touch()  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
+    lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+    os.truncate(path, sum(map(len, lines)))
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")

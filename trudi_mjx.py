@@ -475,7 +475,8 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
 def read_checkpoint(run: str) -> dict[str, Any]:
     """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
     try:
-        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True)) as manager:
+        options = ocp.CheckpointManagerOptions(read_only=True)  # a run that still goes on is left alone
+        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True), options=options) as manager:
             return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
     except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
         fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
@@ -515,10 +516,9 @@ def open_run(folder: pathlib.Path, args: Args) -> None:
 def open_log(folder: pathlib.Path, step: int) -> Callable:
     """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
     path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
-    if path.exists():  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
-        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
-        path.with_suffix(".tmp").write_text("".join(lines))
-        path.with_suffix(".tmp").replace(path)
+    path.touch()  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
+    lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+    os.truncate(path, sum(map(len, lines)))
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")

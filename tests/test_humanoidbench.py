@@ -287,8 +287,13 @@ def test_ctrl_c_saves_and_a_killed_run_goes_on(runner):
 def test_a_failing_environment_ends_the_run_but_not_its_checkpoints(runner):
     process = runner.start("--env-id", "faulty:Dies-v0", *SMALL, "--num-steps", "2", "--minibatch-size", "16",
                            "--total-timesteps", "160", "--checkpoint-interval", "1")
+    started = set()
+    while process.poll() is None:
+        started |= set(descendants(process.pid))
+        time.sleep(0.05)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "ended with code 7" in err.splitlines()[-1]
+    assert len(started) >= 3 and all(map(process_is_gone, started))
     folder, = runner.folder.glob("runs/faulty:Dies*")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["16"]
 
