@@ -126,10 +126,7 @@ def resolve(args: Args) -> Args:
             "install mujoco==3.1.6 dm_control==1.0.20 torch opencv-python-headless natsort" if args.env_id in TASKS else ""))
     multiprocessing.set_forkserver_preload(["flax.nnx", "optax", "orbax.checkpoint", "tensorboardX", "tyro", module])
     jax.config.update("jax_platforms", "cpu" if args.device == "cpu" else jax.config.jax_platforms)
-    try:
-        devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
-    except RuntimeError as error:
-        fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
+    devices = [device for device in jax.local_devices() if args.device in ("auto", device.platform)]
     values = SUITE["humanoidbench" if args.env_id in TASKS else "gymnasium"] | PRESET[args.preset]
     values |= {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
@@ -138,6 +135,7 @@ def resolve(args: Args) -> Args:
     numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
     shards, split = max(args.num_devices, 1), ("--num-envs", "--minibatch-size", "--num-eval-envs")
     rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
+        (devices, f"JAX has no {args.device} device; install jax[cuda13] or jax[cuda12], or use --device cpu"),
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
@@ -222,12 +220,13 @@ class Simulators:
         dtype = np.dtype([(name, kind) for kind, names in fields.items() for name in names.split()], align=True)
         context, self.workers = multiprocessing.get_context("forkserver"), []
         memory = context.RawArray("b", num_envs * dtype.itemsize)
-        self.slots = np.frombuffer(memory, dtype)
-        for rows in map(list, np.array_split(range(num_envs), min(num_workers, num_envs))):
+        self.slots, cores = np.frombuffer(memory, dtype), sorted(os.sched_getaffinity(0))
+        for k, rows in enumerate(np.array_split(range(num_envs), min(num_workers, num_envs))):
             (pipe, other), mode = context.Pipe(), render_mode if 0 in rows else None
             worker = context.Process(target=work, args=(other, memory, dtype, rows, env_id, mode, PATIENCE), daemon=True,
                                      name=f"the worker of environments {rows[0]} to {rows[-1]} of {env_id}")
             worker.start()
+            os.sched_setaffinity(worker.pid, {cores[k]} if num_workers == len(cores) else cores)
             other.close()
             self.workers.append((worker, pipe))
     def request(self, start: bool) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import signal
@@ -293,6 +293,9 @@ def test_a_failing_environment_ends_the_run_but_not_its_checkpoints(runner):
         time.sleep(0.05)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "ended with code 7" in err.splitlines()[-1]
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and not all(map(process_is_gone, started)):
+        time.sleep(0.05)
     assert len(started) >= 3 and all(map(process_is_gone, started))
     folder, = runner.folder.glob("runs/faulty:Dies*")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["16"]
