@@ -107,20 +107,19 @@ def fail(message: str) -> None:
 def resolve(args: Args) -> Args:
     """Fill in what depends on task, preset and machine; exit with code 2 on what cannot run."""
     module, _, name = args.env_id.rpartition(":")
-    if not module and name not in TASKS and not name.startswith("Isaac-"):  # which has more tasks than the paper
-        near = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3]
-        fail(f"unknown --env-id {name}; the nearest are {', '.join(near)}")
+    near, root = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3], module.split(".")[0]
     package, install = ("mjlab", "mjlab==1.6.0") if "Mjlab-" in name else ("isaaclab", "isaaclab==3.0.0, on Python 3.12 only")
-    if not util.find_spec(package):
-        fail(f"--env-id {args.env_id} needs {package}; pip install {install}")
-    if module and not util.find_spec(module.split(".")[0]):
-        fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
+    known = module or name in TASKS or name.startswith("Isaac-")  # of which there are more than the paper's
     values = PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
     args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
     numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
-    rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
+    rules = [
+        (known, f"unknown --env-id {name}; the nearest are {', '.join(near)}"),
+        (util.find_spec(package), f"--env-id {args.env_id} needs {package}; pip install {install}"),
+        (not module or util.find_spec(root), f"--env-id {args.env_id}: no module {root} on PYTHONPATH or beside {SCRIPT}.py"),
+        *((v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()),
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
@@ -179,11 +178,9 @@ def find_task(env_id: str, registered: Callable) -> str:
     if module:
         import_module(module)
     newest = {task: task.removesuffix("-v0").replace("Repose", "Reorient") for task in [name, *registered()]}  # its name in 3.0
-    found = [task for task in registered() if newest[task] == newest[name]]
-    if found:
-        return name if name in found else found[0]
+    found = sorted((task for task in registered() if newest[task] == newest[name]), key=lambda task: task != name)
     near = difflib.get_close_matches(name, registered(), 3, 0.4)
-    return fail(f"unknown --env-id {env_id}; the nearest that are installed are {', '.join(near) or 'none'}")
+    return found[0] if found else fail(f"unknown --env-id {env_id}; the nearest installed are {', '.join(near) or 'none'}")
 
 def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.ExitStack) -> Any:
     """This process's environments; the stack closes them, then their simulator. Exits with code 2 if there is no such task."""
@@ -211,8 +208,7 @@ def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.Exi
 
 def observe(groups: dict[str, Tensor]) -> Tensor:
     """Observations (E, O) of both networks: a group for the actor and, if there is one, a group for the critic."""
-    actor = groups["policy" if "policy" in groups else "actor"]
-    return torch.cat([actor, groups["critic"]], -1) if "critic" in groups else actor.clone()
+    return torch.cat([groups[name] for name in ("policy", "actor", "critic") if name in groups], -1)
 
 def restart(agent: Agent, state: "TrainState", spread: bool) -> None:
     """Start all episodes anew; `spread` starts their clocks anywhere in an episode, so that time-outs do not coincide."""
@@ -471,8 +467,7 @@ def collect(agent: Agent, state: TrainState) -> tuple[Transition, dict[str, Tens
 def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> Tensor:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
     value, bonus = [], []
-    for observation in data.next_observation:
-        chain, seen = agent.sample(statistics.moments, observation)
+    for chain, seen in (agent.sample(statistics.moments, observation) for observation in data.next_observation):
         value.append(q_value(agent.args, learner.critic(seen, chain.action)))
         bonus.append(learner.log_duals[0].exp() * chain.entropy_bound)
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, torch.stack(value), torch.stack(bonus))

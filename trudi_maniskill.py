@@ -411,8 +411,7 @@ def rollout(agent: Agent, state: TrainState) -> tuple[Transition, dict[str, Tens
 def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> Tensor:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
     value, bonus = [], []
-    for observation in data.next_observation:
-        chain, seen = agent.sample(statistics.moments, observation)
+    for chain, seen in (agent.sample(statistics.moments, observation) for observation in data.next_observation):
         value.append(q_value(agent.args, learner.critic(seen, chain.action)))
         bonus.append(learner.log_duals[0].exp() * chain.entropy_bound)
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, torch.stack(value), torch.stack(bonus))
