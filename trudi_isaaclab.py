@@ -168,8 +168,7 @@ from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------- environment
 Agent = namedtuple("Agent", "args device env time_limit sample update")  # `sample`, `update`: sample_policy, update_minibatch
-# A rollout, (T, E, ...): raw observations, clipped actions, the acting policy's chains, true next observations, and return and
-# length (2,) of an episode that ended here, NaN if none did or not all of it was seen.
+# A rollout, (T, E, ...); of episodes return and length (2,) where one ended, NaN where none did or not all of it was seen.
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
 
 def find_task(env_id: str, registered: Callable) -> str:
@@ -427,8 +426,7 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[st
             metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
     return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
 # ------------------------------------------------------------------------------------------------------- iteration
-# What a checkpoint holds, then where the environments are, changed in place: observations (E, O), and return and length (E, 2)
-# of each one's episode so far, NaN if it is not seen from its first step on.
+# What a checkpoint holds, then, changed in place, observations (E, O), and return and length (E, 2), NaN if begun unseen.
 TrainState = namedtuple("TrainState", "learner statistics iteration observation episode")
 def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees: int, action_size: int) -> Learner:
     """Networks that see so many columns of an observation, duals and Adam, from the seed; the same in every process."""
@@ -490,10 +488,10 @@ def iterate(agent: Agent, state: TrainState, act: Callable) -> tuple[TrainState,
     old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
     noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
     fresh = sample_chain(learner.actor, some.observation, noise)
-    metrics = learn(agent, learner, batch, old_h)
+    metrics = episodes | learn(agent, learner, batch, old_h)
     metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
                 for name, x in (("stored", some), ("fresh", fresh))}
-    return state._replace(statistics=merged, iteration=state.iteration + 1), episodes | metrics | {
+    return state._replace(statistics=merged, iteration=state.iteration + 1), metrics | {
         "entropy/alpha": learner.log_duals[0].exp(), "trust_region/lambda": learner.log_duals[1].exp(),
         "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
         "critic/targets_clipped": ((target < agent.args.v_min) | (target > agent.args.v_max)).float().mean()}

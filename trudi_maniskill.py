@@ -434,10 +434,10 @@ def iterate(agent: Agent, state: TrainState, act: Callable) -> tuple[TrainState,
     old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
     noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
     fresh = sample_chain(learner.actor, some.observation, noise)
-    metrics = learn(agent, learner, batch, old_h)
+    metrics = episodes | learn(agent, learner, batch, old_h)
     metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
                 for name, x in (("stored", some), ("fresh", fresh))}
-    return state._replace(statistics=merged, iteration=state.iteration + 1), episodes | metrics | {
+    return state._replace(statistics=merged, iteration=state.iteration + 1), metrics | {
         "entropy/alpha": learner.log_duals[0].exp(), "trust_region/lambda": learner.log_duals[1].exp(),
         "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
         "critic/targets_clipped": ((target < agent.args.v_min) | (target > agent.args.v_max)).float().mean()}
