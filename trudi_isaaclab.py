@@ -107,20 +107,19 @@ def fail(message: str) -> None:
 def resolve(args: Args) -> Args:
     """Fill in what depends on task, preset and machine; exit with code 2 on what cannot run."""
     module, _, name = args.env_id.rpartition(":")
-    if not module and name not in TASKS and not name.startswith("Isaac-"):  # which has more tasks than the paper
-        near = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3]
-        fail(f"unknown --env-id {name}; the nearest are {', '.join(near)}")
+    near, root = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3], module.split(".")[0]
     package, install = ("mjlab", "mjlab==1.6.0") if "Mjlab-" in name else ("isaaclab", "isaaclab==3.0.0, on Python 3.12 only")
-    if not util.find_spec(package):
-        fail(f"--env-id {args.env_id} needs {package}; pip install {install}")
-    if module and not util.find_spec(module.split(".")[0]):
-        fail(f"unknown --env-id {args.env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
+    known = module or name in TASKS or name.startswith("Isaac-")  # of which there are more than the paper's
     values = PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
     args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
     numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
-    rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
+    rules = [
+        (known, f"unknown --env-id {name}; the nearest are {', '.join(near)}"),
+        (util.find_spec(package), f"--env-id {args.env_id} needs {package}; pip install {install}"),
+        (not module or util.find_spec(root), f"--env-id {args.env_id}: no module {root} on PYTHONPATH or beside {SCRIPT}.py"),
+        *((v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()),
         (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
         (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
         (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
@@ -169,8 +168,7 @@ from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------- environment
 Agent = namedtuple("Agent", "args device env time_limit sample update")  # `sample`, `update`: sample_policy, update_minibatch
-# A rollout, (T, E, ...): raw observations, clipped actions, the acting policy's chains, true next observations, and return and
-# length (2,) of an episode that ended here, NaN if none did or not all of it was seen.
+# A rollout, (T, E, ...); of episodes return and length (2,) where one ended, NaN where none did or not all of it was seen.
 Transition = namedtuple("Transition", "observation action latents means reward terminated truncated next_observation episode")
 
 def find_task(env_id: str, registered: Callable) -> str:
@@ -179,11 +177,9 @@ def find_task(env_id: str, registered: Callable) -> str:
     if module:
         import_module(module)
     newest = {task: task.removesuffix("-v0").replace("Repose", "Reorient") for task in [name, *registered()]}  # its name in 3.0
-    found = [task for task in registered() if newest[task] == newest[name]]
-    if found:
-        return name if name in found else found[0]
+    found = sorted((task for task in registered() if newest[task] == newest[name]), key=lambda task: task != name)
     near = difflib.get_close_matches(name, registered(), 3, 0.4)
-    return fail(f"unknown --env-id {env_id}; the nearest that are installed are {', '.join(near) or 'none'}")
+    return found[0] if found else fail(f"unknown --env-id {env_id}; the nearest installed are {', '.join(near) or 'none'}")
 
 def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.ExitStack) -> Any:
     """This process's environments; the stack closes them, then their simulator. Exits with code 2 if there is no such task."""
@@ -211,8 +207,7 @@ def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.Exi
 
 def observe(groups: dict[str, Tensor]) -> Tensor:
     """Observations (E, O) of both networks: a group for the actor and, if there is one, a group for the critic."""
-    actor = groups["policy" if "policy" in groups else "actor"]
-    return torch.cat([actor, groups["critic"]], -1) if "critic" in groups else actor.clone()
+    return torch.cat([groups[name] for name in ("policy", "actor", "critic") if name in groups], -1)
 
 def restart(agent: Agent, state: "TrainState", spread: bool) -> None:
     """Start all episodes anew; `spread` starts their clocks anywhere in an episode, so that time-outs do not coincide."""
@@ -280,16 +275,15 @@ class Actor(nn.Module):
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / F.softplus(self.raw_friction)
     def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
-        n, half = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None], TIME_FEATURES // 2
-        angle = n * 10000.0 ** (-torch.arange(half, device=n.device) / half)
-        time = torch.cat([torch.sin(angle), torch.cos(angle)], -1)
-        time = self.time_mlp[1](F.gelu(self.time_mlp[0](time), approximate="tanh"))  # JAX's form of it
+        n = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None]
+        angle = n * 10000.0 ** (-torch.arange(TIME_FEATURES // 2, device=n.device) / (TIME_FEATURES // 2))
+        hidden = self.time_mlp[0](torch.cat([angle.sin(), angle.cos()], -1))
+        time = self.time_mlp[1](F.gelu(hidden, approximate="tanh"))  # JAX's form of it
         weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]
         return F.linear(seen, weight[:, :self.observation_size], bias), F.linear(time, weight[:, -TIME_FEATURES:])
     def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
-        weight = self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
-        x = state + time + F.linear(latent, weight)
+        x = state + time + F.linear(latent, self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES])
         for norm, hidden in zip(self.norms, self.hidden, strict=True):
             x = x + F.gelu(hidden(norm(x)), approximate="tanh")
         return self.output(x)
@@ -348,9 +342,8 @@ def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: fl
     return torch.tanh(latent)
 
 def trajectory_kl(actor: Actor, observation: Tensor, latents: Tensor, means: Tensor, old_h: Tensor) -> Tensor:
-    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
-    closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
-    (state, time), h = actor.embed(observation), actor.step_sizes()
+    """c(s), (B,): closed-form KL of old trajectories from the actor's, on old chains (B, N, A) with step sizes old_h (N, A)."""
+    (state, time), h = actor.embed(observation), actor.step_sizes()  # the prior's KL is 0, and tanh changes nothing
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - torch.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
@@ -378,7 +371,6 @@ def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Te
 # ------------------------------------------------------------------------------------------------ losses, learning
 # All that learns: actor, critic, logarithms of the duals alpha and lambda (2,), and Adam for the three.
 Learner = namedtuple("Learner", "actor critic log_duals actor_opt critic_opt dual_opt")
-PARTS = ("actor", "critic", "actor_opt", "critic_opt", "dual_opt")  # of these, those that have a state_dict
 # B states: normalised observations, and from the rollout actions, old chains and lambda-returns.
 Batch = namedtuple("Batch", "observation action latents means target")
 UPDATE_METRICS = ("losses/critic", "losses/actor", "entropy/bound", "trust_region/kl", "trust_region/violated")
@@ -386,23 +378,20 @@ def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
     """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
     return F.cross_entropy(critic(batch.observation, batch.action), hl_gauss(args, batch.target))
 
-def actor_loss(actor: Actor, args: Args, critic: Critic, log_duals: Tensor, batch: Batch, old_h: Tensor, noise: Tensor
-               ) -> tuple[Tensor, Tensor, Tensor]:
+def actor_loss(learner: Learner, args: Args, batch: Batch, old_h: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
-    alpha, lambda_ = log_duals.detach().exp()
-    chain = sample_chain(actor, batch.observation, noise)
-    q = q_value(args, critic(batch.observation, chain.action))
+    alpha, lambda_ = learner.log_duals.detach().exp()
+    chain = sample_chain(learner.actor, batch.observation, noise)
+    q = q_value(args, learner.critic(batch.observation, chain.action))
     improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
-    kl = trajectory_kl(actor, batch.observation, batch.latents, batch.means, old_h)
+    kl = trajectory_kl(learner.actor, batch.observation, batch.latents, batch.means, old_h)
     loss = torch.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
     return loss.mean(), chain.entropy_bound.detach(), kl.detach()
 
 def dual_loss(log_duals: Tensor, args: Args, bound: Tensor, kl: Tensor, action_size: int) -> Tensor:
     """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
-    surplus = bound.mean() + args.target_entropy_scale * action_size
-    excess = kl.mean() - args.trust_region_bound
-    alpha, lambda_ = log_duals.exp()
-    return alpha * surplus - lambda_ * excess  # Eq. 183, Eq. 184 (E4)
+    surplus, excess = bound.mean() + args.target_entropy_scale * action_size, kl.mean() - args.trust_region_bound
+    return log_duals[0].exp() * surplus - log_duals[1].exp() * excess  # Eq. 183, Eq. 184 (E4)
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
     """One step down a loss's gradient, which is averaged over the processes and cut at a global norm."""
@@ -421,7 +410,7 @@ def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, 
     """One gradient step each of critic, actor and duals; returns numbers of UPDATE_METRICS."""
     value = critic_loss(learner.critic, args, batch)
     descend(learner.critic_opt, value, args.max_grad_norm)
-    loss, bound, kl = actor_loss(learner.actor, args, learner.critic, learner.log_duals, batch, old_h, noise)
+    loss, bound, kl = actor_loss(learner, args, batch, old_h, noise)
     descend(learner.actor_opt, loss, args.max_grad_norm)
     descend(learner.dual_opt, dual_loss(learner.log_duals, args, bound, kl, batch.action.shape[-1]))
     return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), (kl > args.trust_region_bound).float().mean()])
@@ -437,8 +426,7 @@ def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[st
             metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
     return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
 # ------------------------------------------------------------------------------------------------------- iteration
-# What a checkpoint holds, then where the environments are, changed in place: observations (E, O), and return and length (E, 2)
-# of each one's episode so far, NaN if it is not seen from its first step on.
+# What a checkpoint holds, then, changed in place, observations (E, O), and return and length (E, 2), NaN if begun unseen.
 TrainState = namedtuple("TrainState", "learner statistics iteration observation episode")
 def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees: int, action_size: int) -> Learner:
     """Networks that see so many columns of an observation, duals and Adam, from the seed; the same in every process."""
@@ -477,18 +465,21 @@ def collect(agent: Agent, state: TrainState) -> tuple[Transition, dict[str, Tens
 def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> Tensor:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
     value, bonus = [], []
-    for observation in data.next_observation:
-        chain, seen = agent.sample(statistics.moments, observation)
+    for chain, seen in (agent.sample(statistics.moments, observation) for observation in data.next_observation):
         value.append(q_value(agent.args, learner.critic(seen, chain.action)))
         bonus.append(learner.log_duals[0].exp() * chain.entropy_bound)
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, torch.stack(value), torch.stack(bonus))
 
-def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> tuple[Statistics, dict[str, Tensor]]:
-    """Learn from a rollout: targets, epochs of updates, observation statistics."""
+@torch.no_grad()
+def iterate(agent: Agent, state: TrainState, act: Callable) -> tuple[TrainState, dict[str, Tensor]]:
+    """One iteration: the rollout that `act` makes, then targets, epochs of updates and observation statistics."""
+    # Noise from seed, process and iteration: evaluations don't disturb it, and a run that is continued needs no other state.
+    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration]).generate_state(1)[0]))
+    learner, (data, episodes) = state.learner, act(agent, state)
     # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
     # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
-    merged = update_statistics(statistics, data.observation)
-    statistics = statistics if statistics.count else merged
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = state.statistics if state.statistics.count else merged
     target = critic_targets(agent, learner, statistics, data)
     batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
     batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
@@ -497,23 +488,13 @@ def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transi
     old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
     noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
     fresh = sample_chain(learner.actor, some.observation, noise)
-    metrics = learn(agent, learner, batch, old_h)
+    metrics = episodes | learn(agent, learner, batch, old_h)
     metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
                 for name, x in (("stored", some), ("fresh", fresh))}
-    alpha, lambda_ = learner.log_duals.exp()
-    return merged, metrics | {
-        "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
-        "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
+    return state._replace(statistics=merged, iteration=state.iteration + 1), metrics | {
+        "entropy/alpha": learner.log_duals[0].exp(), "trust_region/lambda": learner.log_duals[1].exp(),
+        "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
         "critic/targets_clipped": ((target < agent.args.v_min) | (target > agent.args.v_max)).float().mean()}
-
-@torch.no_grad()
-def advance(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
-    """One iteration: a rollout and what is learned from it."""
-    # Noise from seed, process and iteration: a run that is continued needs no other state.
-    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration]).generate_state(1)[0]))
-    data, episodes = collect(agent, state)
-    statistics, metrics = improve(agent, state.learner, state.statistics, data)
-    return state._replace(statistics=statistics, iteration=state.iteration + 1), metrics | episodes
 # ------------------------------------------------------------------------------------------------------ evaluation
 def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Tensor) -> Tensor:
     """Actions (B, A) at raw observations, as --eval-mode says."""
@@ -554,9 +535,9 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     """Write all that training continues from but the simulator's own state, and the seconds it took; keep the last three."""
     folder, learner = run / "checkpoints", state.learner
     folder.mkdir(parents=True, exist_ok=True)
-    content = {name: getattr(learner, name).state_dict() for name in PARTS} | state.statistics._asdict()
-    content |= {"log_duals": learner.log_duals.detach(), "iteration": state.iteration, "wall_time": wall_time}
-    torch.save(content, folder / "unfinished")
+    content = {name: getattr(learner, name).state_dict() for name in set(Learner._fields) - {"log_duals"}}
+    content |= dict(log_duals=learner.log_duals.detach(), iteration=state.iteration, wall_time=wall_time)
+    torch.save(content | state.statistics._asdict(), folder / "unfinished")
     (folder / "unfinished").replace(folder / f"{step}.pt")  # so that a file of this name is complete
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
         path.unlink()
@@ -572,7 +553,7 @@ def read_checkpoint(run: str) -> dict[str, Any]:
 def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
     """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
     try:
-        for name in PARTS:
+        for name in set(Learner._fields) - {"log_duals"}:
             getattr(state.learner, name).load_state_dict(saved[name])
         state.learner.log_duals.data.copy_(saved["log_duals"])
         moments = state.statistics.moments.copy_(saved["moments"])
@@ -651,17 +632,16 @@ def averages(metrics: dict[str, Tensor]) -> dict[str, float]:
         dist.all_gather_object(everyone, everyone[0])
     return {name: float(np.mean([x[name] for x in everyone if name in x])) for name in functools.reduce(dict.__or__, everyone)}
 
-def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, evaluate: Callable) -> int:
+def train(agent: Agent, state: TrainState, wall_time: float, act: Callable, evaluate: Callable) -> int:
     """The training loop; returns the process's exit code."""
-    args, done, received = agent.args, state.iteration, {}
+    args, code, received, started = agent.args, 0, {}, time.perf_counter() - wall_time
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.update(signal=n), signal.signal(n, signal.SIG_DFL)))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    log = open_run(folder, args, done * args.batch_size) if RANK == 0 else lambda *_: None
-    started, code = time.perf_counter() - wall_time, 0
-    while done < args.num_iterations and not code:
+    log = open_run(folder, args, state.iteration * args.batch_size) if RANK == 0 else lambda *_: None
+    while state.iteration < args.num_iterations and not code:
         began = time.perf_counter()
-        state, metrics = iterate(agent, state)
+        state, metrics = iterate(agent, state, act)
         done, step = state.iteration, state.iteration * args.batch_size
         metrics = averages(metrics | {name: torch.tensor(n, device=agent.device) for name, n in received.items()})
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
@@ -693,7 +673,7 @@ def main(args: Args, kit: Any) -> None:
         agent, state = prepare_run(args, device, env, saved)
         if args.evaluate:
             print(json.dumps({name: float(x) for name, x in play(agent, state, args.evaluate).items()}), flush=True)
-        code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)), advance, play)
+        code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)), collect, play)
         if WORLD > 1:
             dist.barrier()  # torchrun ends all processes with the first that a signal stopped, and one is still saving
             dist.destroy_process_group()

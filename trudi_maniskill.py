@@ -220,16 +220,15 @@ class Actor(nn.Module):
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / F.softplus(self.raw_friction)
     def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
-        n, half = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None], TIME_FEATURES // 2
-        angle = n * 10000.0 ** (-torch.arange(half, device=n.device) / half)
-        time = torch.cat([torch.sin(angle), torch.cos(angle)], -1)
-        time = self.time_mlp[1](F.gelu(self.time_mlp[0](time), approximate="tanh"))  # JAX's form of it
+        n = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None]
+        angle = n * 10000.0 ** (-torch.arange(TIME_FEATURES // 2, device=n.device) / (TIME_FEATURES // 2))
+        hidden = self.time_mlp[0](torch.cat([angle.sin(), angle.cos()], -1))
+        time = self.time_mlp[1](F.gelu(hidden, approximate="tanh"))  # JAX's form of it
         weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]
         return F.linear(seen, weight[:, :self.observation_size], bias), F.linear(time, weight[:, -TIME_FEATURES:])
     def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
-        weight = self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
-        x = state + time + F.linear(latent, weight)
+        x = state + time + F.linear(latent, self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES])
         for norm, hidden in zip(self.norms, self.hidden, strict=True):
             x = x + F.gelu(hidden(norm(x)), approximate="tanh")
         return self.output(x)
@@ -288,9 +287,8 @@ def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: fl
     return torch.tanh(latent)
 
 def trajectory_kl(actor: Actor, observation: Tensor, latents: Tensor, means: Tensor, old_h: Tensor) -> Tensor:
-    """c(s), (B,): KL of the old policy's trajectories from the actor's, on old chains (B, N, A) with step sizes (N, A): in
-    closed form, all N in one batched network call. The prior's KL is 0 and tanh changes nothing."""
-    (state, time), h = actor.embed(observation), actor.step_sizes()
+    """c(s), (B,): closed-form KL of old trajectories from the actor's, on old chains (B, N, A) with step sizes old_h (N, A)."""
+    (state, time), h = actor.embed(observation), actor.step_sizes()  # the prior's KL is 0, and tanh changes nothing
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - torch.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
@@ -318,7 +316,6 @@ def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Te
 # ------------------------------------------------------------------------------------------------ losses, learning
 # All that learns: actor, critic, logarithms of the duals alpha and lambda (2,), and Adam for the three.
 Learner = namedtuple("Learner", "actor critic log_duals actor_opt critic_opt dual_opt")
-PARTS = ("actor", "critic", "actor_opt", "critic_opt", "dual_opt")  # of these, those that have a state_dict
 # B states: normalised observations, and from the rollout actions, old chains and lambda-returns.
 Batch = namedtuple("Batch", "observation action latents means target")
 UPDATE_METRICS = ("losses/critic", "losses/actor", "entropy/bound", "trust_region/kl", "trust_region/violated")
@@ -326,23 +323,20 @@ def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
     """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
     return F.cross_entropy(critic(batch.observation, batch.action), hl_gauss(args, batch.target))
 
-def actor_loss(actor: Actor, args: Args, critic: Critic, log_duals: Tensor, batch: Batch, old_h: Tensor, noise: Tensor
-               ) -> tuple[Tensor, Tensor, Tensor]:
+def actor_loss(learner: Learner, args: Args, batch: Batch, old_h: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
-    alpha, lambda_ = log_duals.detach().exp()
-    chain = sample_chain(actor, batch.observation, noise)
-    q = q_value(args, critic(batch.observation, chain.action))
+    alpha, lambda_ = learner.log_duals.detach().exp()
+    chain = sample_chain(learner.actor, batch.observation, noise)
+    q = q_value(args, learner.critic(batch.observation, chain.action))
     improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
-    kl = trajectory_kl(actor, batch.observation, batch.latents, batch.means, old_h)
+    kl = trajectory_kl(learner.actor, batch.observation, batch.latents, batch.means, old_h)
     loss = torch.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
     return loss.mean(), chain.entropy_bound.detach(), kl.detach()
 
 def dual_loss(log_duals: Tensor, args: Args, bound: Tensor, kl: Tensor, action_size: int) -> Tensor:
     """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
-    surplus = bound.mean() + args.target_entropy_scale * action_size
-    excess = kl.mean() - args.trust_region_bound
-    alpha, lambda_ = log_duals.exp()
-    return alpha * surplus - lambda_ * excess  # Eq. 183, Eq. 184 (E4)
+    surplus, excess = bound.mean() + args.target_entropy_scale * action_size, kl.mean() - args.trust_region_bound
+    return log_duals[0].exp() * surplus - log_duals[1].exp() * excess  # Eq. 183, Eq. 184 (E4)
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
     """One step down a loss's gradient, which is averaged over the processes and cut at a global norm."""
@@ -361,7 +355,7 @@ def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, 
     """One gradient step each of critic, actor and duals; returns numbers of UPDATE_METRICS."""
     value = critic_loss(learner.critic, args, batch)
     descend(learner.critic_opt, value, args.max_grad_norm)
-    loss, bound, kl = actor_loss(learner.actor, args, learner.critic, learner.log_duals, batch, old_h, noise)
+    loss, bound, kl = actor_loss(learner, args, batch, old_h, noise)
     descend(learner.actor_opt, loss, args.max_grad_norm)
     descend(learner.dual_opt, dual_loss(learner.log_duals, args, bound, kl, batch.action.shape[-1]))
     return torch.stack([value.detach(), loss.detach(), bound.mean(), kl.mean(), (kl > args.trust_region_bound).float().mean()])
@@ -394,34 +388,44 @@ def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor
     noise = torch.randn(args.num_diffusion_steps + 1, len(seen), actor.raw_friction.numel(), device=seen.device)
     return sample_chain(actor, seen, noise), seen
 
-def rollout(agent: Agent, state: TrainState) -> tuple[Tensor, Transition]:
-    """Act for T steps with samples of the policy, keeping their chains; returns the observations to go on from, too."""
-    observation, steps = state.observation, []
+def rollout(agent: Agent, state: TrainState) -> tuple[Transition, dict[str, Tensor]]:
+    """Act for T steps with samples of the policy, keeping their chains; returns metrics of the episodes that ended, too."""
+    steps = []
     for _ in range(agent.args.num_steps):
+        observation = state.observation.clone()
         chain, _ = agent.sample(state.statistics.moments, observation)
         action = chain.action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
         after, (*outcome, (ended, *numbers)) = env_step(agent.envs, action)
         steps.append((observation, action, chain.latents, chain.means, *outcome, ended & state.begun, *numbers))
         state.begun.logical_or_(ended)
-        observation = after
+        state.observation.copy_(after)
     stacked = [torch.stack(x) for x in zip(*steps, strict=True)]
-    return observation, Transition(*stacked[:8], tuple(stacked[8:]))
+    data = Transition(*stacked[:8], tuple(stacked[8:]))
+    ended, *numbers = (everywhere(x.T) for x in data.episode)
+    metrics = {"charts/episodes": ended.sum()}
+    names = ("charts/episodic_return", "charts/episodic_length", "charts/success_once")
+    if ended.any():  # else the rollout has no mean return
+        metrics |= {name: (x * ended).sum() / ended.sum() for name, x in zip(names, numbers, strict=False)}
+    return data, metrics
 
 def critic_targets(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> Tensor:
     """Soft lambda-returns (T, E), with a fresh action at every true next observation."""
     value, bonus = [], []
-    for observation in data.next_observation:
-        chain, seen = agent.sample(statistics.moments, observation)
+    for chain, seen in (agent.sample(statistics.moments, observation) for observation in data.next_observation):
         value.append(q_value(agent.args, learner.critic(seen, chain.action)))
         bonus.append(learner.log_duals[0].exp() * chain.entropy_bound)
     return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, torch.stack(value), torch.stack(bonus))
 
-def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transition) -> tuple[Statistics, dict[str, Tensor]]:
-    """Learn from a rollout: targets, epochs of updates, observation statistics."""
+@torch.no_grad()
+def iterate(agent: Agent, state: TrainState, act: Callable) -> tuple[TrainState, dict[str, Tensor]]:
+    """One iteration: the rollout that `act` makes, then targets, epochs of updates and observation statistics."""
+    # Noise from seed, process and iteration: evaluations don't disturb it, and a run that is continued needs no other state.
+    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration]).generate_state(1)[0]))
+    learner, (data, episodes) = state.learner, act(agent, state)
     # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics
     # that it is learned from with. Later ones take effect in the next rollout: stored means belong to these (E13).
-    merged = update_statistics(statistics, data.observation)
-    statistics = statistics if statistics.count else merged
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = state.statistics if state.statistics.count else merged
     target = critic_targets(agent, learner, statistics, data)
     batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
     batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
@@ -430,28 +434,13 @@ def improve(agent: Agent, learner: Learner, statistics: Statistics, data: Transi
     old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
     noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
     fresh = sample_chain(learner.actor, some.observation, noise)
-    metrics = learn(agent, learner, batch, old_h)
+    metrics = episodes | learn(agent, learner, batch, old_h)
     metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
                 for name, x in (("stored", some), ("fresh", fresh))}
-    alpha, lambda_ = learner.log_duals.exp()
-    return merged, metrics | {
-        "trust_region/lambda": lambda_, "entropy/alpha": alpha, "critic/target": target.mean(),
-        "entropy/friction": F.softplus(learner.actor.raw_friction).mean(),
+    return state._replace(statistics=merged, iteration=state.iteration + 1), metrics | {
+        "entropy/alpha": learner.log_duals[0].exp(), "trust_region/lambda": learner.log_duals[1].exp(),
+        "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
         "critic/targets_clipped": ((target < agent.args.v_min) | (target > agent.args.v_max)).float().mean()}
-
-@torch.no_grad()
-def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Tensor]]:
-    """One iteration: a rollout and what is learned from it."""
-    # Noise from seed, process and iteration: evaluations don't disturb it, and a run that is continued needs no other state.
-    torch.manual_seed(int(np.random.SeedSequence([agent.args.seed, RANK, state.iteration]).generate_state(1)[0]))
-    observation, data = rollout(agent, state)
-    statistics, metrics = improve(agent, state.learner, state.statistics, data)
-    ended, *numbers = (everywhere(x.T) for x in data.episode)
-    metrics["charts/episodes"] = ended.sum()
-    names = ("charts/episodic_return", "charts/episodic_length", "charts/success_once")
-    if ended.any():  # else the rollout has no mean return
-        metrics |= {name: (x * ended).sum() / ended.sum() for name, x in zip(names, numbers, strict=False)}
-    return TrainState(state.learner, statistics, state.iteration + 1, observation, state.begun), metrics
 # ------------------------------------------------------------------------------------------------------ evaluation
 def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Tensor) -> Tensor:
     """Actions (B, A) at raw observations, as --eval-mode says."""
@@ -485,9 +474,9 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     """Write all that training continues from but the simulator's own state, and the seconds it took; keep the last three."""
     folder, learner = run / "checkpoints", state.learner
     folder.mkdir(parents=True, exist_ok=True)
-    content = {name: getattr(learner, name).state_dict() for name in PARTS} | state.statistics._asdict()
-    content |= {"log_duals": learner.log_duals.detach(), "iteration": state.iteration, "wall_time": wall_time}
-    torch.save(content, folder / "unfinished")
+    content = {name: getattr(learner, name).state_dict() for name in set(Learner._fields) - {"log_duals"}}
+    content |= dict(log_duals=learner.log_duals.detach(), iteration=state.iteration, wall_time=wall_time)
+    torch.save(content | state.statistics._asdict(), folder / "unfinished")
     (folder / "unfinished").replace(folder / f"{step}.pt")  # so that a file of this name is complete
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
         path.unlink()
@@ -503,7 +492,7 @@ def read_checkpoint(run: str) -> dict[str, Any]:
 def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
     """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
     try:
-        for name in PARTS:
+        for name in set(Learner._fields) - {"log_duals"}:
             getattr(state.learner, name).load_state_dict(saved[name])
         state.learner.log_duals.data.copy_(saved["log_duals"])
         moments = state.statistics.moments.copy_(saved["moments"])
@@ -602,17 +591,16 @@ def averages(metrics: dict[str, Tensor]) -> dict[str, float]:
         dist.all_gather_object(everyone, everyone[0])
     return {name: float(np.mean([x[name] for x in everyone if name in x])) for name in functools.reduce(dict.__or__, everyone)}
 
-def train(agent: Agent, state: TrainState, wall_time: float, iterate: Callable, evaluate: Callable) -> int:
+def train(agent: Agent, state: TrainState, wall_time: float, act: Callable, evaluate: Callable) -> int:
     """The training loop; returns the process's exit code."""
-    args, done, received = agent.args, state.iteration, {}
+    args, code, received, started = agent.args, 0, {}, time.perf_counter() - wall_time
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
         signal.signal(number, lambda n, _: (received.update(signal=n), signal.signal(n, signal.SIG_DFL)))
     folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    log = open_run(folder, args, done * args.batch_size) if RANK == 0 else lambda *_: None
-    started, code = time.perf_counter() - wall_time, 0
-    while done < args.num_iterations and not code:
+    log = open_run(folder, args, state.iteration * args.batch_size) if RANK == 0 else lambda *_: None
+    while state.iteration < args.num_iterations and not code:
         began = time.perf_counter()
-        state, metrics = iterate(agent, state)
+        state, metrics = iterate(agent, state, act)
         done, step = state.iteration, state.iteration * args.batch_size
         metrics = averages(metrics | {name: torch.tensor(n, device=agent.device) for name, n in received.items()})
         metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
@@ -640,7 +628,7 @@ def main() -> None:
     agent, state = prepare(args, device, saved)
     if args.evaluate:
         print(json.dumps({name: float(x) for name, x in evaluate(agent, state, args.evaluate).items()}))
-    code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)), iterate, evaluate)
+    code = 0 if args.evaluate else train(agent, state, float(saved.get("wall_time", 0.0)), rollout, evaluate)
     if WORLD > 1:
         dist.barrier()  # torchrun ends all processes with the first that a signal stopped, and one is still saving
         dist.destroy_process_group()

@@ -116,7 +116,7 @@ def test_reused_buffers_change_nothing(kind):
         torch.nn.init.normal_(state.learner.actor.output.weight)
         data, metrics = trudi.collect(agent, state)
         for _ in range(2):
-            state, learned = trudi.advance(agent, state)
+            state, learned = trudi.iterate(agent, state, trudi.collect)
         data = [x.nan_to_num(-1.0) for x in data]  # returns of episodes that are going on
         results.append([*data, *metrics.values(), *learned.values(), *state.learner.actor.parameters(), state.observation])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -209,7 +209,7 @@ def test_it_learns_from_termination():
                             num_diffusion_steps=4, total_timesteps=512 * 30)
     shares = []
     for _ in range(30):
-        state, metrics = trudi.advance(agent, state)
+        state, metrics = trudi.iterate(agent, state, trudi.collect)
         shares.append(float(metrics["charts/episodic_length"]))
     assert np.mean(shares[-3:]) < 1.3 < np.mean(shares[:2])
 
@@ -384,7 +384,7 @@ def test_damaged_checkpoints(damage, tmp_path, capsys):
 def test_a_checkpoint_restores_everything_but_the_simulator(tmp_path):
     agent, state = prepared(Fake())
     for _ in range(2):
-        state, _ = trudi.advance(agent, state)
+        state, _ = trudi.iterate(agent, state, trudi.collect)
     trudi.save_checkpoint(tmp_path, state, 32, 1.5)
     saved = trudi.read_checkpoint(str(tmp_path))
     assert saved["wall_time"] == 1.5
@@ -395,14 +395,14 @@ def test_a_checkpoint_restores_everything_but_the_simulator(tmp_path):
     results = []
     for one, where in ((agent, state), (other_agent, other)):  # Adam's moments too
         trudi.restart(one, where, spread=False)
-        results.append(trudi.advance(one, where)[1])
+        results.append(trudi.iterate(one, where, trudi.collect)[1])
     assert results[0] == results[1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     agent, state = prepared(Fake(), log_dir=str(tmp_path))
     state.learner.actor.hidden[0].weight.data.fill_(float("nan"))
-    assert trudi.train(agent, state, 0.0, trudi.advance, trudi.play) == 1
+    assert trudi.train(agent, state, 0.0, trudi.collect, trudi.play) == 1
     out, err = capsys.readouterr()
     run = pathlib.Path(out.splitlines()[-1])
     assert "iteration 1: a loss is not finite" in err

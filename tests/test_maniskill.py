@@ -148,7 +148,7 @@ def test_rollout_keeps_what_acted_and_counts_whole_episodes_only():
     torch.nn.init.normal_(state.learner.actor.output.weight)
     state = state._replace(statistics=trudi.Statistics(1, torch.tensor([[1.0, 1.0], [4.0, 4.0]])))
     with torch.no_grad():
-        _, data = trudi.rollout(agent, state)
+        data, _ = trudi.rollout(agent, state)
     assert data.latents.shape == data.means.shape == (12, 2, 2, 3)
     assert data.action.abs().max() <= torch.tensor(0.999)
     assert data.episode[0].sum(0).tolist() == [1, 3]  # the first of each is taken for one begun in its middle
@@ -165,7 +165,7 @@ def test_first_minibatch_is_on_policy_and_the_iteration_learns():
     args = small_args(num_envs=4, num_steps=16, minibatch_size=64)
     agent, state = fake_agent(args, [Fake(limit=99) for _ in range(4)])
     before = {name: x.clone() for name, x in state.learner.actor.state_dict().items()}
-    state, metrics = trudi.iterate(agent, state)
+    state, metrics = trudi.iterate(agent, state, trudi.rollout)
     assert abs(float(metrics["trust_region/kl"])) < 1e-5  # one minibatch an iteration: the data is its own
     assert float(metrics["trust_region/violated"]) == 0
     assert any((x != before[name]).any() for name, x in state.learner.actor.state_dict().items())
@@ -173,7 +173,7 @@ def test_first_minibatch_is_on_policy_and_the_iteration_learns():
     assert float(metrics["charts/episodic_return"]) == 15
     assert float(metrics["charts/episodic_length"]) == 5
     assert float(metrics["charts/success_once"]) == 0
-    state, metrics = trudi.iterate(agent, state)
+    state, metrics = trudi.iterate(agent, state, trudi.rollout)
     assert state.iteration == 2
     assert all(np.isfinite(float(x)) for x in metrics.values())
 
@@ -222,7 +222,7 @@ def test_every_task_trains_and_is_evaluated(env_id, tmp_path):
     actions = {"TwoRobotPickCube-v1": 16, "TwoRobotStackCube-v1": 16, "PushT-v1": 7}.get(env_id, 8)
     assert len(state.learner.actor.raw_friction) == actions
     for _ in range(2):
-        state, metrics = trudi.iterate(agent, state)
+        state, metrics = trudi.iterate(agent, state, trudi.rollout)
     assert all(np.isfinite(float(x)) for name, x in metrics.items() if not name.startswith(("charts/episodic", "charts/succ")))
     metrics = {name: float(x) for name, x in trudi.evaluate(agent, state, tmp_path).items()}
     assert metrics["eval/episodic_length"] == agent.time_limit
@@ -262,10 +262,10 @@ def test_evaluation_does_not_disturb_training(tmp_path):
     """The same numbers with an evaluation between two iterations as without; other seeds give others."""
     def losses(evaluated, seed=1):
         agent, state = prepared(seed=seed, num_steps=16)
-        state, _ = trudi.iterate(agent, state)
+        state, _ = trudi.iterate(agent, state, trudi.rollout)
         if evaluated:
             trudi.evaluate(agent, state, tmp_path)
-        _, metrics = trudi.iterate(agent, state)
+        _, metrics = trudi.iterate(agent, state, trudi.rollout)
         return [float(metrics[name]) for name in trudi.UPDATE_METRICS]
 
     assert losses(True) == losses(False)
@@ -401,7 +401,7 @@ def test_interrupted_runs_continue(number, tmp_path):
 def test_a_checkpoint_restores_everything_but_the_simulator(tmp_path):
     agent, state = prepared()
     for _ in range(2):
-        state, _ = trudi.iterate(agent, state)
+        state, _ = trudi.iterate(agent, state, trudi.rollout)
     trudi.save_checkpoint(tmp_path, state, 32, 1.5)
     saved = trudi.read_checkpoint(str(tmp_path))
     assert saved["wall_time"] == 1.5
@@ -516,7 +516,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     args = small_args(log_dir=str(tmp_path), num_steps=8)
     agent, state = fake_agent(args, [Fake(), Fake()])
     state.learner.actor.hidden[0].weight.data.fill_(float("nan"))
-    assert trudi.train(agent, state, 0.0, trudi.iterate, trudi.evaluate) == 1
+    assert trudi.train(agent, state, 0.0, trudi.rollout, trudi.evaluate) == 1
     out, err = capsys.readouterr()
     run = pathlib.Path(out.splitlines()[-1])
     assert "iteration 1: a loss is not finite" in err

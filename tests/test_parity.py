@@ -143,8 +143,8 @@ def test_actor_loss_and_gradient(bound):
     function = jax.jit(jax.value_and_grad(
         lambda actor: mjx.actor_loss(actor, args[0], critic, duals, ours, old_h, noise), has_aux=True))
     (value, (l_bound, kl)), gradient = function(actor)
-    loss, other_bound, other_kl = maniskill.actor_loss(
-        other, args[1], other_critic, log_duals, theirs, torch.tensor(old_h), torch.tensor(noise))
+    learner = maniskill.Learner(other, other_critic, log_duals, None, None, None)
+    loss, other_bound, other_kl = maniskill.actor_loss(learner, args[1], theirs, torch.tensor(old_h), torch.tensor(noise))
     close(loss.detach(), value)
     close(other_bound, l_bound)
     close(other_kl, kl)
