@@ -22,7 +22,7 @@ import tyro
 from benchmark import slurm
 from benchmark.local import Machine, run_locally
 from benchmark.runs import find_runs
-from benchmark.sweep import State, Unit, assess, command, conflict, fail
+from benchmark.sweep import State, Unit, assess, command, conflict, fail, given_values
 from benchmark.tasks import SUITES, Task, constants, tasks_of
 
 
@@ -123,8 +123,8 @@ def check(options: Options, tasks: list[Task]) -> None:
     flags = shlex.split(options.flags)
     own = {"--env-id", "--exp-name", "--seed", "--num-seeds", "--log-dir", "--resume", "--evaluate"}
     taken = own & {word.partition("=")[0] for word in flags}
-    presets = [word for flag, word in zip(["", *flags], flags, strict=False) if flag == "--preset"]
-    known = [constants(task.script)["PRESET"] for task in tasks]
+    preset = given_values(flags).get("preset", "paper")
+    known = all(preset in constants(task.script)["PRESET"] for task in tasks)
     vmapped = all(task.script != "trudi_mjx" for task in tasks)
     rules = [(options.seeds > 0 and options.vmap_seeds > 0, "--seeds and --vmap-seeds must be positive"),
              (options.workers is None or options.workers > 0, "--workers must be positive"),
@@ -132,7 +132,7 @@ def check(options: Options, tasks: list[Task]) -> None:
              (options.ablation or not options.values, "--values needs an --ablation"),
              (options.vmap_seeds == 1 or not vmapped, "--vmap-seeds is for trudi_mjx.py, which has none of these tasks"),
              (not taken, f"--flags must not have {' '.join(sorted(taken))}, which the sweep sets"),
-             (all(x in preset for x in presets for preset in known), f"there is no --preset {' '.join(presets)}")]
+             (known, f"there is no --preset {preset}")]
     for message in (message for holds, message in rules if not holds):
         fail(message)
 

@@ -61,13 +61,14 @@ def fail(message: str) -> NoReturn:
 
 def given_values(flags: Iterable[str]) -> dict[str, str]:
     """The values that a command line gives, by the argument's name: --a-b 3, --a-b=3, --a-b and --no-a-b."""
+    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
     found, name = {}, ""
-    for word in flags:
+    for word in words:
         if word.startswith("--"):
-            name, _, value = word[2:].replace("-", "_").partition("=")
-            name, value = (name[3:], "False") if name.startswith("no_") else (name, value or "True")
-            found[name] = word.partition("=")[2] or value
-        elif name:
+            off = word.startswith("--no-")
+            name = word[5 if off else 2:].replace("-", "_")
+            found[name] = str(not off)
+        else:
             found[name] = word
     return found
 
@@ -141,6 +142,18 @@ def last_lines(unit: Unit, log_dir: pathlib.Path, count: int = 8) -> list[str]:
 class Refused(Exception):
     """A unit that cannot be started now; says why."""
 
+def spawn(words: list[str], log: Any, environment: dict[str, str]) -> subprocess.Popen:
+    """Start a command that writes to a log.
+
+    It gets a session of its own, so that Ctrl-C in a terminal reaches it once, through this process: a second signal would kill
+    it. Slurm sends submitit's SIGUSR2 to children too, which it would end; they inherit that it is blocked."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                env={**os.environ, **environment}, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
 class Process:
     """A unit's running process."""
 
@@ -163,11 +176,7 @@ class Process:
             words = [*prefix, *command(unit, run, log_dir)]
             log.write(f"$ {shlex.join(words)}\n")
             log.flush()
-            # A session of its own, so that Ctrl-C in a terminal reaches the children once, through this process: a second
-            # signal would kill them. Slurm sends SIGUSR2, submitit's, to children too, which it would end.
-            self.child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                          env={**os.environ, **environment}, start_new_session=True,
-                                          preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
+            self.child = spawn(words, log, environment)
 
     def state(self) -> State:
         """How far the unit is."""

@@ -85,8 +85,8 @@ def preset_timesteps(script: str, preset: str) -> int:
     """Environment steps of a run with a script's preset."""
     return constants(script)["PRESET"][preset]["total_timesteps"]
 
-def suite_of(script: str, env_id: str) -> str | None:
-    """The suite that a run's task belongs to; None for a task that is not of the 73."""
-    name = env_id if script != "trudi_isaaclab" else next(
-        (old for old, new in constants(script)["TASKS"].items() if env_id == new), env_id)
-    return next((task.suite for task in tasks_of(SUITES) if (task.script, task.env_id) == (script, name)), None)
+def task_of(script: str, env_id: str) -> Task | None:
+    """The task of a run, also under Isaac Lab's ids of version 3.0; None for one that is not of the 73."""
+    old = {new: name for name, new in constants(script)["TASKS"].items()} if script == "trudi_isaaclab" else {}
+    task = (script, old.get(env_id, env_id))
+    return next((known for known in tasks_of(SUITES) if (known.script, known.env_id) == task), None)
