@@ -86,7 +86,9 @@ def title_of(suite: str) -> str:
     return SUITES[suite].title if suite in SUITES else "Other tasks"
 
 def shown(band: np.ndarray, decimals: int = 1) -> str:
-    """An estimate with its interval (3,), if it has one."""
+    """An estimate with its interval (3,), if it has one; "none" for NaN."""
+    if np.isnan(band[0]):
+        return "none"
     estimate, low, high = (f"{x:.{decimals}f}" for x in band)
     return estimate if np.isnan(band[1]) else f"{estimate} [{low}, {high}]"
 
@@ -131,11 +133,15 @@ def improvements(panels: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["suite", "x", "y", "probability", "low", "high"])
 
 def at_matched_time(panel: dict[str, Any]) -> tuple[float, dict[str, np.ndarray]]:
-    """The hours of training that every run of a suite's panel has had, and each group's IQM (3,) at that time."""
+    """The hours of training that every run of a suite's panel has had, and each group's IQM (3,) at that time; NaN for a group
+    with a run that was first evaluated later."""
     own = [o for task in panel["tasks"] for o in by_task(panel["outcomes"])[task]]
     hours, result = min(o.hours[-1] for o in own), {}
     for group in panel["groups"]:
         found = by_task(select(panel["outcomes"], group=group))
+        if any(o.hours[0] > hours for task in panel["tasks"] for o in found[task]):  # not evaluated by then
+            result[group] = np.full(3, np.nan)
+            continue
         scores = [[curve(o, "hours", np.array([hours])) / panel["scale"].get(t, 1) for o in found[t]] for t in panel["tasks"]]
         result[group] = interval(stack(scores)[..., 0], iqm)[:, 0]
     return hours, result

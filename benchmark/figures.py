@@ -105,7 +105,7 @@ def tasks_figure(outcomes: list[Outcome], colours: dict[str, str], cited: dict[s
         tables += draw_task(frame, select(outcomes, env_id=task), colours, unit)
         if task in cited:
             frame.axhline(cited[task], label="REPPO after 50M steps (cited)", **CITED)
-        frame.set_title(task)
+        frame.set_title(task.rpartition(":")[2])
         frame.set_xlim(0)
         start_at_zero(frame)
     figure.supxlabel(xlabel + (f"\n{missing}" if missing else ""), fontsize=10, color="0.25")

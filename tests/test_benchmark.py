@@ -592,11 +592,15 @@ def test_results_page(analyze, tmp_path):
 
 
 def test_matched_wall_clock(analyze, tmp_path):
-    """Three evaluations take the fast one 1 h and the slow one 4 h: after 1 h the latter has not had its second yet."""
-    write_run(tmp_path / "runs", "CheetahRun", 1, [0, 100, 200.0], exp_name="fast", hours=1.0)
-    write_run(tmp_path / "runs", "CheetahRun", 1, [0, 100, 200.0], exp_name="slow", hours=4.0)
-    page = analyze(tmp_path / "runs", out=tmp_path / "out")
-    assert "| fast | 60.0 ± 0.0 | 200.00 | 200.00 at 60.0 |" in page and "| slow | 240.0 ± 0.0 | 200.00 | 0.00 at 60.0 |" in page
+    """The fast one is evaluated after 15, 30, 45 and 60 min, the slow one after 30 and 60, the late one first after 120."""
+    root = tmp_path / "runs"
+    write_run(root, "CheetahRun", 1, [0, 100, 200, 300.0], exp_name="fast", hours=1.0)
+    write_run(root, "CheetahRun", 1, [0, 70, 90, 100.0], exp_name="slow", hours=2.0)
+    write_run(root, "CheetahRun", 1, [20.0, 400], exp_name="late", hours=4.0, step=200)
+    page = analyze(root, out=tmp_path / "out")
+    assert "| fast | 60.0 ± 0.0 | 300.00 | 300.00 at 60.0 |" in page
+    assert "| slow | 120.0 ± 0.0 | 100.00 | 70.00 at 60.0 |" in page
+    assert "| late | 240.0 ± 0.0 | 400.00 | none at 60.0 |" in page
 
 
 def test_returns_of_isaac_lab_are_normalised(analyze, tmp_path):
