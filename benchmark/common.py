@@ -6,7 +6,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 import trudi_mjx as trudi  # noqa: E402
+from benchmark.tables import markdown_table  # noqa: E402, F401, which the others take from here
 
 # Prefixes of the names of those whose versions matter.
 PACKAGES = ("flax", "jax", "mani", "mujoco", "numpy", "nvidia-c", "optax", "orbax", "playground", "torch", "warp-lang")
@@ -78,12 +79,6 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Write results, with their provenance first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": provenance(), **content}, indent=1) + "\n")
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; the first column is a name, the others are aligned to the right."""
-    header = list(header)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 def measure(program: Callable, arguments: tuple, repeats: int) -> list[float]:
     """Seconds of each of several calls, waiting for their results; a first call, which may compile, is not counted."""

@@ -1,0 +1,691 @@
+"""benchmark/: the 73 tasks, sweeps of a stand-in for the scripts, statistics against hand-computed cases, results pages."""
+
+import ast
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from sweeps import SCRIPT, write_evaluation, write_run
+
+from benchmark import local, run, sweep, tasks
+from benchmark.local import Machine
+from benchmark.runs import find_runs, furthest
+from benchmark.sweep import Unit
+
+ROOT = pathlib.Path(run.__file__).parent.parent
+PATIENCE = 150  # seconds that a process may take on a busy machine
+COUNTS = dict(dmc=20, humanoid=4, maniskill=13, humanoidbench=30, isaaclab=6)
+
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+def test_there_are_73_tasks():
+    found = tasks.tasks_of(tasks.SUITES)
+    assert {suite: sum(task.suite == suite for task in found) for suite in tasks.SUITES} == COUNTS
+    assert len({task.env_id for task in found}) == 73
+
+
+@pytest.mark.parametrize("suite", COUNTS)
+def test_ids_are_the_scripts_own(suite):
+    script = pytest.importorskip(tasks.SUITES[suite].script)
+    assert [task.env_id for task in tasks.tasks_of([suite])] == list(getattr(script, tasks.SUITES[suite].tasks))
+
+
+def test_ids_are_known_to_playground():
+    registry = pytest.importorskip("mujoco_playground").registry
+    assert {task.env_id for task in tasks.tasks_of(["dmc", "humanoid"])} <= set(registry.ALL_ENVS)
+
+
+def test_ids_are_known_to_maniskill():
+    pytest.importorskip("mani_skill.envs")
+    from mani_skill.utils.registration import REGISTERED_ENVS
+    assert {task.env_id for task in tasks.tasks_of(["maniskill"])} <= set(REGISTERED_ENVS)
+
+
+def test_ids_are_known_to_humanoidbench():
+    pytest.importorskip("humanoid_bench")
+    import gymnasium
+    assert {task.env_id for task in tasks.tasks_of(["humanoidbench"])} <= set(gymnasium.registry)
+
+
+def test_isaac_lab_ids_of_version_3_are_the_same_tasks():
+    assert tasks.task_of("trudi_isaaclab", "Isaac-Reorient-Cube-Shadow-Direct").env_id == "Isaac-Repose-Cube-Shadow-Direct-v0"
+    assert tasks.task_of("trudi_isaaclab", "Mjlab-Cartpole-Balance") is None
+    assert tasks.task_of("trudi_mjx", "PickCube-v1") is None
+
+
+@pytest.mark.parametrize(("suite", "number"), [(suite, i) for suite, count in COUNTS.items() for i in range(count)])
+def test_scripts_resolve_to_table_5(suite, number, monkeypatch):
+    task = tasks.tasks_of([suite])[number]
+    script = pytest.importorskip(task.script)
+    monkeypatch.setattr(script.util, "find_spec", lambda name: name)  # simulators need not be installed to resolve
+    resolved = script.resolve(script.Args(env_id=task.env_id))
+    expected = dataclasses.asdict(task.settings)
+    if suite == "maniskill":  # the one deviation, which README explains
+        assert resolved.gamma in (0.8, 0.875, 0.9, 0.95) and expected.pop("gamma") == 0.99
+    assert {name: getattr(resolved, name) for name in expected} == expected
+    assert tasks.preset_timesteps(task.script, "paper") == resolved.total_timesteps
+
+
+def test_listing_tasks_imports_no_framework():
+    code = ("import sys; from benchmark import run; "
+            "print([x for x in ('jax', 'torch', 'gymnasium', 'mani_skill') if x in sys.modules])")
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeps
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """The stand-in in place of all scripts, and a folder to work in."""
+    (tmp_path / "trudi_mjx.py").write_text(SCRIPT)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(local, "POLL", 0.02)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def units(folder, *flags, **options):
+    return run.plan(run.Options(**{"tasks": ("CheetahRun", "WalkerWalk"), "seeds": 2, "log_dir": str(folder / "runs"),
+                                   "flags": "--total-timesteps 50", **options}))
+
+
+def go(folder, planned, **options):
+    """Run or continue these units; the exit code."""
+    states = run.remaining(planned, folder / "runs")
+    machine = options.pop("machine", Machine([((), {})] * 2))
+    return local.run_locally(states, folder / "runs", machine, options.pop("interval", 1000))
+
+
+def kinds(folder, planned):
+    return [state.kind for _, state in run.remaining(planned, folder / "runs")]
+
+
+def logs(folder):
+    return {path.stem: path.read_text() for path in (folder / "runs" / "logs").iterdir()}
+
+
+def test_sweep_runs_everything_once(fake, capsys):
+    planned = units(fake)
+    wanted = [("CheetahRun", 1), ("WalkerWalk", 1), ("CheetahRun", 2), ("WalkerWalk", 2)]  # all tasks before second seeds
+    assert [(u.task.env_id, u.seed) for u in planned] == wanted
+    assert go(fake, planned) == 0
+    found = find_runs([fake / "runs"])
+    assert sorted((r.args["env_id"], r.args["seed"]) for r in found) == sorted(wanted)
+    assert {r.args["exp_name"] for r in found} == {"trudi"}
+    assert "4 of 4 finished" in capsys.readouterr().out
+    before = logs(fake)
+    assert go(fake, planned) == 0 and logs(fake) == before and len(find_runs([fake / "runs"])) == 4
+
+
+def test_interrupted_runs_are_continued(fake):
+    planned = units(fake, seeds=1, tasks=("CheetahRun",))
+    assert go(fake, planned) == 0
+    folder = find_runs([fake / "runs"])[0].folder
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:9])  # as killed in its fourth iteration
+    for step in (40, 50):
+        (folder / "checkpoints" / str(step)).rmdir()
+    assert kinds(fake, planned) == ["waiting"]
+    assert go(fake, planned) == 0
+    text = logs(fake)["CheetahRun__trudi__1"]
+    assert f"--resume {os.path.relpath(folder)}" in text and "from 20" in text and len(find_runs([fake / "runs"])) == 1
+
+
+def test_run_without_an_evaluation_at_its_end_is_not_finished(fake):
+    planned = units(fake, seeds=1, tasks=("CheetahRun",))
+    write_run(fake / "runs", "CheetahRun", 1, [1.0] * 5, step=10)
+    assert kinds(fake, planned) == ["finished"]
+    path = next((fake / "runs").glob("*/metrics.jsonl"))
+    path.write_text("".join(line.replace("eval/episodic_return", "other") for line in path.open()))
+    assert kinds(fake, planned) == ["waiting"]
+
+
+def test_more_steps_continue_a_finished_run(fake):
+    assert go(fake, units(fake)) == 0
+    longer = units(fake, flags="--total-timesteps 70")
+    assert kinds(fake, longer) == ["waiting"] * 4
+    assert go(fake, longer) == 0 and all("from 50" in text for text in logs(fake).values())
+
+
+def test_run_without_checkpoint_is_started_anew(fake):
+    folder = write_run(fake / "runs", "CheetahRun", 1, [1.0], step=10, total=50)
+    planned = units(fake, seeds=1, tasks=("CheetahRun",))
+    assert "--resume" not in sweep.command(planned[0], find_runs([fake / "runs"])[0], fake)
+    assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"]
+    assert furthest(find_runs([fake / "runs"])).folder != folder
+
+
+def test_failures_are_listed_with_their_last_lines(fake, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_FAIL_AT", "30")
+    planned = units(fake)
+    assert go(fake, planned) == 1
+    out = capsys.readouterr().out
+    assert "2 of 4 finished" in out and "2 failed" in out
+    assert "CheetahRun__trudi__2: exit code 1 at step 20" in out and "    ValueError: the fake fails" in out
+    monkeypatch.delenv("FAKE_FAIL_AT")
+    assert go(fake, planned) == 0
+
+
+def test_diverged_runs_are_listed_and_not_tried_again(fake, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_DIVERGE_AT", "30")
+    planned = units(fake, seeds=1)
+    assert go(fake, planned) == 1 and kinds(fake, planned) == ["diverged"] * 2
+    before = logs(fake)
+    monkeypatch.delenv("FAKE_DIVERGE_AT")
+    assert go(fake, planned) == 1 and logs(fake) == before
+    assert "CheetahRun__trudi__1: a loss was not finite" in capsys.readouterr().out
+
+
+def test_other_flags_are_refused(fake, capsys):
+    assert go(fake, units(fake)) == 0
+    assert kinds(fake, units(fake, flags="--total-timesteps=50 --gamma 0.90")) == ["finished"] * 4
+    with pytest.raises(SystemExit) as error:
+        kinds(fake, units(fake, flags="--total-timesteps 50 --gamma 0.95"))
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and "has gamma 0.9, where this sweep has 0.95" in err and err.count("\n") == 1
+
+
+def test_runs_of_other_sweeps_are_not_taken(fake):
+    write_run(fake / "runs", "CheetahRun", 1, [1.0] * 5, step=10, exp_name="other")
+    write_run(fake / "runs", "CheetahRun", 1, [1.0] * 5, step=10, script="trudi_maniskill")
+    write_run(fake / "runs", "CheetahRun", 1, [[1.0] * 5, [1.0] * 5], step=10, seeds=2)
+    folder = write_run(fake / "runs", "WalkerWalk", 1, [1.0] * 5, step=10)
+    folder.rename(folder.with_name("renamed"))
+    (fake / "runs" / "broken").mkdir()
+    (fake / "runs" / "broken" / "args.json").write_text("{")
+    assert kinds(fake, units(fake, seeds=1)) == ["waiting", "finished"]
+
+
+def start(folder, *flags, **environment):
+    """A sweep in a process of its own, with the stand-in instead of the scripts."""
+    code = ("import sys, pathlib; from benchmark import run, sweep, local; sweep.ROOT = pathlib.Path.cwd(); local.POLL = 0.02; "
+            "run.main()")
+    words = [sys.executable, "-c", code, "--tasks", "CheetahRun", "WalkerWalk", "--flags=--total-timesteps 500", *flags]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "FAKE_PAUSE": "0.2", **environment})
+
+
+def wait_for_metrics(folder, count):
+    """Wait until so many runs have two events."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if sum(len(path.read_text().splitlines()) > 1 for path in folder.glob("runs/*/metrics.jsonl")) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the runs did not start")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_lets_runs_write_checkpoints(fake, number):
+    process = start(fake, "--seeds", "2", "--workers", "2")
+    wait_for_metrics(fake, 2)
+    os.killpg(process.pid, number)  # as Ctrl-C in a terminal reaches the whole group
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number and out.count("stopped; the next call continues it") == 2
+    found = find_runs([fake / "runs"])
+    assert len(found) == 2 and all(0 < r.last()["step"] == r.checkpoint < 500 for r in found)
+    process = start(fake, "--seeds", "2", "--workers", "2", FAKE_PAUSE="0")
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and "4 of 4 finished" in out and len(find_runs([fake / "runs"])) == 4
+
+
+def test_killed_sweep_does_not_start_its_orphans_again(fake):
+    process = start(fake, "--seeds", "1", "--workers", "2", FAKE_PAUSE="1")  # so that the orphans live for 50 s
+    wait_for_metrics(fake, 2)
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    again = start(fake, "--seeds", "1", "--workers", "2")
+    out, _ = again.communicate(timeout=PATIENCE)
+    assert again.returncode == 1 and out.count("another process is doing it") == 2
+    for text in logs(fake).values():
+        os.kill(int(text.split("pid ")[1].split()[0]), signal.SIGKILL)
+    last = start(fake, "--seeds", "1", "--workers", "2", FAKE_PAUSE="0")
+    out, _ = last.communicate(timeout=PATIENCE)
+    assert last.returncode == 0 and len(find_runs([fake / "runs"])) == 2, out
+
+
+def test_seeds_side_by_side(fake):
+    planned = units(fake, seeds=5, vmap_seeds=2, tasks=("CheetahRun",))
+    assert [(u.seed, u.num_seeds) for u in planned] == [(1, 2), (3, 2), (5, 1)]
+    assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"] * 3
+    path = next((fake / "runs").glob("*__3__*/seed_4/metrics.jsonl"))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert kinds(fake, planned) == ["finished", "waiting", "finished"]
+
+
+def test_dry_run_prints_commands_to_paste(fake, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    go(fake, units(fake, tasks=("WalkerWalk",)), machine=Machine([((), {})]))
+    monkeypatch.setattr(sys, "argv", ["run", "--tasks", "CheetahRun", "WalkerWalk", "--seeds", "2",
+                                      "--flags=--total-timesteps 50", "--dry-run"])
+    capsys.readouterr()
+    run.main()
+    lines = capsys.readouterr().out.splitlines()
+    words = f"{sys.executable} trudi_mjx.py --env-id CheetahRun --exp-name trudi --seed"
+    assert lines == [f"CUDA_VISIBLE_DEVICES=3 {words} 1 --total-timesteps 50 --log-dir runs",
+                     f"CUDA_VISIBLE_DEVICES=5 {words} 2 --total-timesteps 50 --log-dir runs", "# 2 of 4 remain"]
+    assert len(find_runs([fake / "runs"])) == 2
+    assert subprocess.run(lines[0], shell=True, cwd=fake).returncode == 0
+    assert kinds(fake, units(fake)) == ["finished", "finished", "waiting", "finished"]
+
+
+def test_processes_are_spread_over_gpus_and_cores(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert Machine.here(None).slots == [((), {"CUDA_VISIBLE_DEVICES": "0"}), ((), {"CUDA_VISIBLE_DEVICES": "1"})]
+    shared = Machine.here(3).slots
+    assert [slot[1]["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0", "1", "0"]
+    assert {slot[1]["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in shared} == {"0.45"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7})
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert Machine.here(None).slots == [((), {})]
+    assert [slot[0][-1] for slot in Machine.here(2).slots] == ["4,6", "5,7"]
+
+
+def test_time_left():
+    """One of 4 runs finished in 100 s, one is half done after 30 s, two wait: on one slot 30 + 2 * mean(100, 60) s."""
+    planned = [Unit(task, "x", 1, flags=("--total-timesteps", "100")) for task in tasks.tasks_of(["dmc"])[:4]]
+    states = [("finished", 100, 100.0), ("waiting", 50, 30.0), ("waiting", 0, 0.0), ("waiting", 0, 0.0)]
+    states = [(u, sweep.State(kind, None, step, seconds)) for u, (kind, step, seconds) in zip(planned, states, strict=True)]
+    state = local.Sweep(states, pathlib.Path("."), Machine([((), {})]))
+    state.waiting.remove(planned[1])
+    state.running[planned[1]] = None, state.free.pop()
+    assert state.left() == pytest.approx(30 + 2 * 80)
+    assert [local.shown_time(x) for x in (None, 5, 120, 7200)] == ["?", "5 s", "2 min", "2.0 h"]
+
+
+# ---------------------------------------------------------------------------------------------------------- ablations
+def test_ablations_are_sweeps(fake):
+    planned = units(fake, ablation="epsilon", tasks=("CheetahRun",), seeds=1, values=("0.01", "50"))
+    assert [u.exp_name for u in planned] == ["trudi-epsilon-0.01", "trudi-epsilon-50"]
+    assert go(fake, planned) == 0
+    assert {r.args["trust_region_bound"] for r in find_runs([fake / "runs"])} == {0.01, 50.0}
+    everything = [run.plan(run.Options(ablation=name, seeds=1)) for name in run.ABLATIONS]
+    assert [len(x) for x in everything] == [6 * 9, 4 * 8, 4 * 5, 4 * 5]
+    assert {u.flags for u in everything[3]} == {("--num-diffusion-steps", n) for n in ("1", "4", "8", "16", "32")}
+
+
+def test_evaluations_of_finished_runs(fake, monkeypatch, capsys):
+    values = ("sde", "ode-0.5", "best-of-20")
+    planned = units(fake, ablation="evaluation", tasks=("CheetahRun",), seeds=2, values=values, vmap_seeds=2)
+    assert go(fake, planned) == 1
+    assert capsys.readouterr().out.count("there is no finished run to evaluate") == 3
+    assert go(fake, units(fake, tasks=("CheetahRun",), seeds=2, vmap_seeds=2)) == 0
+    assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"] * 3
+    found = {p.stem: json.loads(p.read_text()) for p in (fake / "runs" / "evaluations").iterdir()}
+    assert {name.split("__")[-1]: saved["results"]["eval/episodic_return"] for name, saved in found.items()} == {
+        "sde": [1.0, 1.0], "ode-0.5": [2.5, 2.5], "best-of-20": [20.0, 20.0]}
+    assert all(saved["step"] == 50 and saved["num_seeds"] == 2 for saved in found.values())
+    go(fake, units(fake, tasks=("CheetahRun",), seeds=2, vmap_seeds=2, flags="--total-timesteps 70"))
+    longer = units(fake, ablation="evaluation", tasks=("CheetahRun",), seeds=2, values=values, vmap_seeds=2,
+                   flags="--total-timesteps 70")
+    assert kinds(fake, longer) == ["waiting"] * 3
+
+
+def test_wall_clock_stops_runs_when_their_hours_are_over(fake, monkeypatch):
+    monkeypatch.setenv("FAKE_PAUSE", "0.05")  # each iteration counts as a second of training
+    planned = units(fake, ablation="wall-clock", tasks=("CheetahRun",), seeds=1, values=("8",), hours=5 / 3600,
+                    flags="--preset cpu")
+    assert planned[0].flags[-2:] == ("--total-timesteps", "20000000")
+    assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"]
+    found, = find_runs([fake / "runs"])
+    assert 50 <= found.last()["step"] == found.checkpoint < 20_000_000
+    assert found.args["exp_name"] == "trudi-wall-clock-0.00138889h-8"
+
+
+BAD = {
+    "": "name a --suite",
+    "--suite dmc --seeds 0": "--seeds and --vmap-seeds must be positive",
+    "--tasks CheetahRu": "the nearest are CheetahRun",
+    "--suite maniskill --tasks CheetahRun": "none of the tasks of --suite maniskill",
+    "--suite maniskill --vmap-seeds 2": "--vmap-seeds is for trudi_mjx.py",
+    "--suite dmc --values 1": "--values needs an --ablation",
+    "--suite dmc --ablation epsilon --values x": "are numbers, not x",
+    "--suite dmc --ablation evaluation --values best-of-x": "are sde, ode-C or best-of-K",
+    "--suite dmc --flags=--preset=tiny": "there is no --preset tiny",
+    "--suite dmc --flags=--seed=3": "--flags must not have --seed",
+    "--suite dmc --python mjx=python": "--python mjx: there is no such suite",
+    "--suite dmc --python python": "takes NAME=VALUE",
+    "--suite dmc --slurm": "needs sbatch",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_refused_in_one_line(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["run", *flags.split(), "--log-dir", str(tmp_path)])
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit) as error:
+        run.main()
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and err.startswith("benchmark.run: error: ") and err.count("\n") == 1 and BAD[flags] in err
+
+
+def test_flags_that_sweeps_use_exist_in_the_scripts():
+    used = set("env_id exp_name seed log_dir resume evaluate eval_mode ode_score_scale best_of_k trust_region_bound "
+               "num_diffusion_steps total_timesteps preset".split())
+    for script in {suite.script for suite in tasks.SUITES.values()}:
+        tree = ast.parse((ROOT / f"{script}.py").read_text())
+        args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+        names = [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
+        assert used <= set(names) and ("num_seeds" in names) == (script == "trudi_mjx"), script
+        assert names.index("gamma") < names.index("device") < names.index("total_timesteps")  # what `conflict` relies on
+
+
+def test_real_run_folders_are_understood():
+    found = find_runs([ROOT / "benchmark" / "results" / "curves"])
+    assert {r.folder.parent.name for r in found if r.finished()} == {
+        "CartpoleBalance", "CheetahRun", "ReacherEasy", "PushCube", "HalfCheetah", "Hopper"}
+    assert {r.folder.parent.name for r in found if not r.finished()} == {"PickCube", "h1hand-stand"}
+    assert all(r.end(10 * r.args["batch_size"] + 1) == 10 * r.args["batch_size"] for r in found)
+
+
+# -------------------------------------------------------------------------------------------------------------- slurm
+@pytest.fixture
+def slurm():
+    pytest.importorskip("submitit")
+    return importlib.import_module("benchmark.slurm")
+
+
+def test_job_runs_in_process(fake, slurm):
+    import submitit
+    planned = units(fake, seeds=1)
+    jobs = slurm.submit(run.remaining(planned, fake / "runs"), fake / "runs",
+                        lambda folder: submitit.AutoExecutor(folder, cluster="debug"))
+    assert [job.result() for job in jobs] == ["CheetahRun__trudi__1: finished", "WalkerWalk__trudi__1: finished"]
+    assert kinds(fake, planned) == ["finished"] * 2
+    assert slurm.submit(run.remaining(planned, fake / "runs"), fake / "runs", None) == []
+
+
+def test_job_that_fails_says_why(fake, slurm, monkeypatch):
+    monkeypatch.setenv("FAKE_FAIL_AT", "30")
+    with pytest.raises(RuntimeError, match="exit code 1 at step 20\n(.*\n)*ValueError: the fake fails"):
+        slurm.Job(units(fake)[2], fake / "runs")()
+
+
+def test_submitits_signal_does_not_end_a_run(fake, slurm, monkeypatch):
+    monkeypatch.setenv("FAKE_PAUSE", "0.1")
+    process = sweep.Process(units(fake)[0], fake / "runs")
+    wait_for_metrics(fake, 1)
+    os.kill(process.child.pid, signal.SIGUSR2)
+    assert os.getsid(process.child.pid) == process.child.pid  # Ctrl-C in a terminal does not reach it
+    assert process.child.wait(PATIENCE) == 0 and process.judge() is None
+
+
+def test_job_out_of_time_is_requeued_and_continues(fake, slurm, monkeypatch):
+    """submitit's local executor signals as Slurm does before the time limit, and starts a requeued job again. The stand-in does
+    40 iterations in 10 s, of which a job has 8."""
+    import submitit
+    monkeypatch.setenv("FAKE_PAUSE", "0.25")
+    planned = units(fake, seeds=1, tasks=("CheetahRun",), flags="--total-timesteps 400")
+    (fake / "sitecustomize.py").write_text("import pathlib, benchmark.sweep\nbenchmark.sweep.ROOT = pathlib.Path.cwd()\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(fake), str(ROOT)]))
+    def executor(folder):
+        made = submitit.LocalExecutor(folder, max_num_timeout=PATIENCE)
+        made.update_parameters(timeout_min=30 / 60, signal_delay_s=22)
+        return made
+    job, = slurm.submit(run.remaining(planned, fake / "runs"), fake / "runs", executor)
+    assert job.result() == "CheetahRun__trudi__1: finished"
+    text = logs(fake)["CheetahRun__trudi__1"]
+    starts = [int(line.split("from ")[1]) for line in text.splitlines() if line.startswith("pid ")]
+    assert len(starts) > 1 and starts[0] == 0 < starts[1] < 400 and len(find_runs([fake / "runs"])) == 1, text
+    steps = [json.loads(line)["step"] for line in next((fake / "runs").glob("*/metrics.jsonl")).open()]
+    assert steps == list(range(10, 401, 10))
+
+
+def test_sbatch_file(fake, slurm, monkeypatch, capsys):
+    sbatch = fake / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\ncp \"$1\" {fake}/submitted.sh\necho Submitted batch job 12\n")
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    (fake / "bin" / "srun").symlink_to(sbatch)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "argv", ["run", *"--tasks CheetahRun WalkerWalk --seeds 2 --slurm --slurm-hours 3 --slurm-cpus 6 "
+                                      "--slurm-sbatch partition=gpu account=me --workers 3".split()])
+    run.main()
+    lines = (fake / "submitted.sh").read_text().splitlines()
+    wanted = ("array=0-3%3 time=180 gpus-per-node=1 cpus-per-task=6 partition=gpu account=me signal=USR2@300 job-name=trudi "
+              "open-mode=append").split()
+    assert {f"#SBATCH --{x}" for x in wanted} <= set(lines) and "#SBATCH --requeue" in lines
+    assert sum(f"-m submitit.core._submit {fake}/runs/slurm" in line for line in lines) == 1
+    assert "submitted 4 jobs, 12_0 to 12_3" in capsys.readouterr().out
+    assert len(list((fake / "runs" / "slurm").glob("12_*_submitted.pkl"))) == 4
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+@pytest.fixture
+def aggregates(monkeypatch):
+    pytest.importorskip("rliable")
+    module = importlib.import_module("benchmark.aggregates")
+    monkeypatch.setattr(module, "REPETITIONS", 200)
+    return module
+
+
+def test_interquartile_mean(aggregates):
+    """Of 1 ... 8 the quarters {1, 2} and {7, 8} are cut off; of three scores none is."""
+    import scipy.stats
+    from rliable import metrics
+    assert aggregates.iqm(np.array([[1.0, 8], [7, 2], [3, 6], [4, 5.4]])) == pytest.approx((3 + 4 + 5.4 + 6) / 4)
+    assert aggregates.iqm(np.array([[1.0], [2], [9]])) == pytest.approx(4)
+    ragged = aggregates.stack([[1, 2, 3, 100], [4, 5], [6, -100]])
+    assert ragged.shape == (4, 3) and np.isnan(ragged).sum() == 4
+    assert aggregates.iqm(ragged) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    scores = np.random.default_rng(0).normal(size=(10, 7))
+    assert aggregates.iqm(scores) == pytest.approx(metrics.aggregate_iqm(scores))
+    assert aggregates.iqm(scores) == pytest.approx(scipy.stats.trim_mean(scores.ravel(), 0.25))
+    curves = np.stack([scores, 2 * scores + 1], -1)
+    np.testing.assert_allclose(aggregates.iqm(curves), [aggregates.iqm(scores)[0], 2 * aggregates.iqm(scores)[0] + 1])
+
+
+def test_interval_is_rliables(aggregates, monkeypatch):
+    from rliable import library, metrics
+    monkeypatch.setattr(aggregates, "REPETITIONS", 4000)
+    scores = np.random.default_rng(1).normal(size=(10, 5)) + np.arange(5)
+    ours = aggregates.interval(scores, aggregates.iqm)[:, 0]
+    np.random.seed(0)
+    theirs = library.get_interval_estimates({"x": scores}, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=4000)[1]["x"]
+    np.testing.assert_allclose(ours[1:], theirs[:, 0], atol=0.03)
+    assert ours[1] < ours[0] < ours[2] and ours[2] - ours[1] > 0.3
+    np.testing.assert_array_equal(ours, aggregates.interval(scores, aggregates.iqm)[:, 0])
+
+
+def test_bootstrap_draws_within_tasks_and_keeps_what_is_missing(aggregates):
+    scores = aggregates.stack([[0, 1, 2, 3], [10, 11], [20, 21, 22]])
+    samples = [sample[0][0] for sample in aggregates.Bootstrap(scores).bootstrap(300)]
+    for task, runs in enumerate((4, 2, 3)):
+        column = np.stack([sample[:, task] for sample in samples])
+        assert np.isnan(column[:, runs:]).all() and not np.isnan(column[:, :runs]).any()
+        assert set(np.unique(column[:, :runs])) == set(scores[:runs, task])
+    whole = np.random.default_rng(0).normal(size=(4, 3, 5))  # curves are drawn whole
+    sample = next(aggregates.Bootstrap(whole).bootstrap(1))[0][0]
+    assert all(any((sample[r, t] == whole[k, t]).all() for k in range(4)) for r, t in itertools.product(range(4), range(3)))
+
+
+def test_interval_of_means_is_the_standard_error(aggregates, monkeypatch):
+    monkeypatch.setattr(aggregates, "REPETITIONS", 4000)
+    scores = np.random.default_rng(2).normal(size=(50, 1))
+    _, low, high = aggregates.interval(scores, lambda x: np.array([np.nanmean(x)]))[:, 0]
+    error = scores.std() / 50**0.5
+    np.testing.assert_allclose([low, high], [scores.mean() - 1.96 * error, scores.mean() + 1.96 * error], atol=0.15 * error)
+
+
+def test_a_single_run_has_no_interval(aggregates):
+    estimate, low, high = aggregates.interval(aggregates.stack([[1, 2], [3]]), aggregates.iqm)[:, 0]
+    assert estimate == 2 and np.isnan([low, high]).all()
+    assert np.isnan(aggregates.improvement_interval(np.array([[1.0]]), np.array([[0.0], [0.0]]))[1:]).all()
+
+
+def test_probability_of_improvement(aggregates):
+    """Task one: 1 of {1, 3} x {2, 2, 3} wins twice, one tie: 2.5 of 6. Task two: always better."""
+    import scipy.stats
+    from rliable import metrics
+    x, y = aggregates.stack([[1, 3], [9, 9]]), aggregates.stack([[2, 2, 3], [1, 2]])
+    assert aggregates.improvement(x, y) == pytest.approx((2.5 / 6 + 1) / 2)
+    assert aggregates.improvement(y, x) == pytest.approx(1 - (2.5 / 6 + 1) / 2)
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(8, 4)).round(1) + 1, rng.normal(size=(5, 4)).round(1)
+    assert aggregates.improvement(a, b) == pytest.approx(metrics.probability_of_improvement(a, b))
+    u = [scipy.stats.mannwhitneyu(a[:, t], b[:, t]).statistic / 40 for t in range(4)]
+    assert aggregates.improvement(a, b) == pytest.approx(np.mean(u))
+    p, low, high = aggregates.improvement_interval(a, b)
+    assert 0.5 < low < p < high <= 1 and p == aggregates.improvement(a, b)
+
+
+def test_performance_profile(aggregates):
+    from rliable import library
+    scores = aggregates.stack([[1, 2, 3], [4]])
+    np.testing.assert_allclose(aggregates.profile(scores, np.array([0, 1, 2.5, 4])), [1, 0.75, 0.5, 0])
+    full, taus = np.random.default_rng(4).normal(size=(6, 3)), np.linspace(-2, 2, 9)
+    np.testing.assert_allclose(aggregates.profile(full, taus), library.score_distributions(full, taus))
+
+
+# -------------------------------------------------------------------------------------------------------------- pages
+@pytest.fixture
+def analyze(aggregates, monkeypatch):
+    module = importlib.import_module("benchmark.analyze")
+    def page(*sources, out, **options):
+        flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["analyze", *map(str, sources), "--out", str(out), *flags])
+        module.main()
+        return (out / "README.md").read_text()
+    return page
+
+
+def table(path):
+    import pandas as pd
+    return pd.read_csv(path)
+
+
+def test_results_page(analyze, tmp_path):
+    root, out = tmp_path / "runs", tmp_path / "out"
+    for seed, top in ((1, 100.0), (2, 300.0)):
+        write_run(root, "CheetahRun", seed, [0, top / 2, top], exp_name="a")
+    write_run(root, "CheetahRun", 1, [0, 40.0, 90.0], exp_name="b")
+    write_run(root, "WalkerWalk", 1, [[0, 5, 10.0], [0, 5, 30.0]], exp_name="a", seeds=2)
+    write_run(root, "WalkerWalk", 3, [7, 8.0], exp_name="a", total=300)
+    write_run(root, "CheetahRun", 2, [1.0], exp_name="a", total=300)  # begun anew; the finished one counts
+    page = analyze(root, out=out)
+    rows = table(out / "runs.csv")
+    assert rows.state.value_counts().to_dict() == dict(finished=5, unfinished=1, superseded=1, missing=60 - 5 + 20 - 1)
+    assert rows.query("env_id == 'WalkerWalk' and seed == 2").final.dropna().tolist() == [30]
+    assert rows.query("group == 'b' and state == 'finished'").last_step.tolist() == [300]
+    assert "a, MuJoCo Playground, DeepMind Control, unfinished: WalkerWalk (seed 3; at 200)" in page
+    assert "HumanoidBench: no run" in page and "| CheetahRun | a | 2 | 200.0 [100.0, 300.0] |" in page
+    assert "| CheetahRun | b | 1 | 90.0 |" in page and "| 933.1 |" in page
+    curve = table(out / "tasks_dmc.csv").query("task == 'CheetahRun' and group == 'a'")
+    assert curve.environment_steps.tolist() == [100, 200, 300] and curve.iqm.tolist() == [0, 100, 200]
+    suites = table(out / "suites.csv").query("group == 'a'")  # compared on CheetahRun only, which b has too
+    assert suites.iqm.tolist() == [0, 100, 200] and set(suites.tasks) == {1} and "| WalkerWalk |" in page
+    probability = table(out / "improvement.csv").iloc[0]
+    assert (probability.x, probability.y, probability.probability) == ("a", "b", 1.0)
+    profile = table(out / "profiles.csv").query("group == 'a'")
+    assert profile.share.iloc[0] == 1 and profile.share.iloc[-1] == 0 and 0.5 in profile.share.tolist()
+    for name in ("tasks_dmc", "suites", "profiles", "improvement", "wall_clock"):
+        assert (out / f"{name}.png").stat().st_size > 5000 and (out / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
+        assert f"({name}.png)" in page
+
+
+def test_matched_wall_clock(analyze, tmp_path):
+    """The fast one is evaluated after 15, 30, 45 and 60 min, the slow one after 30 and 60, the late one first after 120."""
+    root = tmp_path / "runs"
+    write_run(root, "CheetahRun", 1, [0, 100, 200, 300.0], exp_name="fast", hours=1.0)
+    write_run(root, "CheetahRun", 1, [0, 70, 90, 100.0], exp_name="slow", hours=2.0)
+    write_run(root, "CheetahRun", 1, [20.0, 400], exp_name="late", hours=4.0, step=200)
+    page = analyze(root, out=tmp_path / "out")
+    assert "| fast | 60.0 ± 0.0 | 300.00 | 300.00 at 60.0 |" in page
+    assert "| slow | 120.0 ± 0.0 | 100.00 | 70.00 at 60.0 |" in page
+    assert "| late | 240.0 ± 0.0 | 400.00 | none at 60.0 |" in page
+
+
+def test_returns_of_isaac_lab_are_normalised(analyze, tmp_path):
+    for env_id, scale in (("Isaac-Velocity-Flat-G1-v0", 1), ("Isaac-Reorient-Cube-Shadow-Direct", 1000)):
+        for group, share in (("a", 1.0), ("b", 0.5)):
+            write_run(tmp_path / "runs", env_id, 1, [0, share * scale], exp_name=group, script="trudi_isaaclab")
+    analyze(tmp_path / "runs", out=tmp_path / "out")
+    rows = table(tmp_path / "out" / "suites.csv").query("environment_steps == 200").set_index("group")
+    assert rows.iqm.to_dict() == {"a": 1.0, "b": 0.5}
+
+
+def test_pages_of_ablations(analyze, tmp_path):
+    root, out = tmp_path / "runs", tmp_path / "out"
+    for value, top in ((0.01, 10.0), (0.1, 30.0), (10, 5.0)):
+        for seed in (1, 2):
+            write_run(root, "CheetahRun", seed, [0, top + seed], exp_name=f"s-epsilon-{value:g}")
+    write_run(root, "CheetahRun", 1, [3.0], exp_name="s-epsilon-50", total=200)
+    for n, hours in ((4, 0.5), (8, 0.51), (16, 0.3)):
+        write_run(root, "CheetahRun", 1, [0, 10.0 * n], exp_name=f"s-wall-clock-0.5h-{n}", total=10**6, hours=hours)
+    for seed in (1, 2, 3):
+        write_evaluation(root, "CheetahRun", seed, "sde", 10.0 * seed, 200)
+        write_evaluation(root, "CheetahRun", seed, "ode-1", 11.0 * seed, 200)
+    write_evaluation(root, "CheetahRun", 4, "sde", 1000.0, 200)  # not evaluated by the ODE: does not count
+    page = analyze(root, out=out)
+    rows = table(out / "ablation_s_epsilon_dmc.csv").query("environment_steps == 200").set_index("value")
+    assert rows.iqm.to_dict() == {0.01: 11.5, 0.1: 31.5, 10: 6.5} and "without a finished run: 50" in page
+    timed = table(out / "ablation_s_wall-clock_dmc.csv").groupby("value").iqm.last()
+    assert timed.to_dict() == {4: 40.0, 8: 80.0} and "without a finished run: 16" in page
+    modes = table(out / "ablation_evaluation.csv").set_index("evaluation")
+    assert modes.iqm.to_dict() == {"sde": 20.0, "ode-1": 22.0} and set(modes.incomplete) == {1}
+    assert (out / "ablation_evaluation.png").exists() and not (out / "suites.png").exists()
+
+
+def test_page_of_behavior_entropy(analyze, tmp_path):
+    root, out = tmp_path / "runs", tmp_path / "out"
+    folder = write_run(root, "benchmark.multimodality:PushTSymmetric-v1", 1, [0, 1.0], script="trudi_maniskill")
+    saved = dict(env_id="benchmark.multimodality:PushTSymmetricTest-v1", entropy=0.25, entropy_of_successes=None,
+                 episodes=200, successes_at_end=7, return_mean=160.0)
+    (folder / "behavior_entropy.json").write_text(json.dumps(saved))
+    page = analyze(root, out=out)
+    assert f"| PushT | {folder.name} | 200 | 7 | 0.25 |  | 160 |" in page
+    assert table(out / "behavior_entropy.csv").entropy.tolist() == [0.25]
+
+
+def test_cost_counts_only_the_papers_sizes(analyze, tmp_path):
+    """A run of the paper's sizes at 1000 steps a second: 20 tasks x 10 seeds x 50M steps take 2778 hours."""
+    root = tmp_path / "runs"
+    write_run(root, "CheetahRun", 1, [0, 1.0], hours=200 / 3600 / 5)
+    folder = write_run(root, "CheetahRun", 2, [0, 1.0], hours=200 / 3600 / 1000)
+    saved = json.loads((folder / "args.json").read_text())
+    saved["args"] |= dict(num_envs=1024, num_steps=128, hidden_dim=512)
+    (folder / "args.json").write_text(json.dumps(saved))
+    page = analyze(root, out=tmp_path / "out")
+    assert "| MuJoCo Playground, DeepMind Control | 20 | 50,000,000 | 1,000 | 1 x test | 2,778 |" in page
+    assert "| Isaac Lab | 6 | 300,000,000 | not measured |" in page
+
+
+@pytest.mark.parametrize(("sources", "message"), [(["nowhere"], "there is no nowhere"), (["empty"], "no run in empty")])
+def test_nothing_to_analyse_is_refused_in_one_line(analyze, tmp_path, monkeypatch, capsys, sources, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        analyze(*sources, out=tmp_path / "out")
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_cited_returns_are_those_of_the_source():
+    source = ROOT.parent / "shared" / "anchors" / "reppo_returns.csv"
+    if not source.exists():
+        pytest.skip("the source is not here")
+    rows = [line.split(",")[:4] for line in source.read_text().splitlines()]
+    assert [line.split(",") for line in (ROOT / "benchmark/anchors/reppo_returns.csv").read_text().splitlines()] == rows
+
+
+# --------------------------------------------------------------------------------------------------------------- form
+@pytest.mark.parametrize("name", "tasks runs sweep local slurm run outcomes aggregates figures analyze tables".split())
+def test_form(name):
+    from test_readme import depth, functions
+    path = ROOT / "benchmark" / f"{name}.py"
+    for function in functions(path):
+        assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
+        assert depth(function) <= 2, f"{function.name} nests too deep"
+        assert ast.get_docstring(function) or function.name.startswith("<"), f"{function.name} has no docstring"
