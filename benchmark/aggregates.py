@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import scipy.stats
-from rliable.library import StratifiedBootstrap
+from rliable import library
 
 REPETITIONS = 2000  # of the bootstrap
 LEVEL = 0.95  # of its intervals
@@ -25,7 +25,7 @@ def present(scores: np.ndarray) -> np.ndarray:
     """Which runs there are (R, T)."""
     return ~np.isnan(scores.reshape(*scores.shape[:2], -1)).any(-1)
 
-class Bootstrap(StratifiedBootstrap):
+class Bootstrap(library.StratifiedBootstrap):
     """rliable's bootstrap over the runs within each task, which may be of different number; and with a seed of its own, as
     rliable's draws from NumPy's global state."""
 

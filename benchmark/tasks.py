@@ -77,16 +77,16 @@ def constants(script: str) -> dict[str, Any]:
     return {name: found[name] for name in CONSTANTS if name in found}
 
 def tasks_of(suites: Iterable[str]) -> list[Task]:
-    """The tasks of these suites, in the scripts' order. Isaac Lab's have the ids of version 2.3, which its script knows to be
-    other ones in 3.0."""
-    return [Task(name, env_id) for name in suites for env_id in constants(SUITES[name].script)[SUITES[name].tasks]]
+    """The tasks of these suites, in the scripts' order; Isaac Lab's have the ids of version 3.0."""
+    found = [Task(name, env_id) for name in suites for env_id in constants(SUITES[name].script)[SUITES[name].tasks]]
+    return [task for task in found if not task.env_id.startswith("Mjlab-")]  # which one script knows too
 
 def preset_timesteps(script: str, preset: str) -> int:
     """Environment steps of a run with a script's preset."""
     return constants(script)["PRESET"][preset]["total_timesteps"]
 
 def task_of(script: str, env_id: str) -> Task | None:
-    """The task of a run, also under Isaac Lab's ids of version 3.0; None for one that is not of the 73."""
-    old = {new: name for name, new in constants(script)["TASKS"].items()} if script == "trudi_isaaclab" else {}
-    task = (script, old.get(env_id, env_id))
-    return next((known for known in tasks_of(SUITES) if (known.script, known.env_id) == task), None)
+    """The task of a run, also under Isaac Lab's ids of version 2.3; None for one that is not of the 73."""
+    if script == "trudi_isaaclab":
+        env_id = env_id.removesuffix("-v0").replace("Repose", "Reorient")
+    return next((known for known in tasks_of(SUITES) if (known.script, known.env_id) == (script, env_id)), None)

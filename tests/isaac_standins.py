@@ -74,7 +74,7 @@ def body(link, position):
 
 
 def hinge(joint, axis, parent, link, offset, limits):
-    return prim("PhysicsRevoluteJoint", joint, f"rel physics:body0 = </root/{parent}>", f"rel physics:body1 = </root/{link}>",
+    return prim("PhysicsRevoluteJoint", joint, f"rel physics:body0 = </asset/{parent}>", f"rel physics:body1 = </asset/{link}>",
                 f'uniform token physics:axis = "{axis}"', f"point3f physics:localPos0 = {offset}",
                 f"float physics:lowerLimit = {limits[0]}", f"float physics:upperLimit = {limits[1]}",
                 apis="PhysicsDriveAPI:angular")
@@ -82,9 +82,9 @@ def hinge(joint, axis, parent, link, offset, limits):
 
 def tendon(name, *joints):
     """As long as the sum of its joints' angles; a motor holds it at a length."""
-    path = ", ".join(f"</root/{joint}>" for joint in joints)
+    path = ", ".join(f"</asset/{joint}>" for joint in joints)
     return [prim("MjcTendon", name, 'uniform token mjc:type = "fixed"', f"rel mjc:path = [{path}]"),
-            prim("MjcActuator", f"{name}_motor", f"rel mjc:target = </root/{name}>", 'uniform token mjc:biasType = "affine"',
+            prim("MjcActuator", f"{name}_motor", f"rel mjc:target = </asset/{name}>", 'uniform token mjc:biasType = "affine"',
                  "uniform double[] mjc:biasPrm = [0, -1, 0, 0, 0, 0, 0, 0, 0, 0]")]
 
 
@@ -92,7 +92,7 @@ def robot(base, chains, hand=False):
     """A humanoid, or a hand whose base is fixed and whose fingers bend about Y."""
     positions, content = {base: (0, 0, 0)}, [body(base, (0, 0, 0))]
     if hand:
-        content.append(prim("PhysicsFixedJoint", "fixed", f"rel physics:body1 = </root/{base}>"))
+        content.append(prim("PhysicsFixedJoint", "fixed", f"rel physics:body1 = </asset/{base}>"))
     for parent, links, offset, step, axes, joints in chains:
         for link, axis, joint in zip(links, axes, joints, strict=True):
             positions[link] = tuple(x + dx for x, dx in zip(positions[parent], offset, strict=True))
@@ -104,8 +104,8 @@ def robot(base, chains, hand=False):
 
 def write(path, content, apis):
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = '#usda 1.0\n(\ndefaultPrim = "root"\nmetersPerUnit = 1\nupAxis = "Z"\n)\n'
-    path.write_text(header + prim("Xform", "root", *content, apis=apis) + "\n")
+    header = '#usda 1.0\n(\ndefaultPrim = "asset"\nmetersPerUnit = 1\nupAxis = "Z"\n)\n'
+    path.write_text(header + prim("Xform", "asset", *content, apis=apis) + "\n")
 
 
 def main(root):

@@ -23,7 +23,7 @@ def body(name, place, sides, mass):
 
 
 def joint(kind, name, axis, parent, link, place, limit):
-    return usd.prim(kind, name, f"rel physics:body0 = </root/{parent}>", f"rel physics:body1 = </root/{link}>",
+    return usd.prim(kind, name, f"rel physics:body0 = </asset/{parent}>", f"rel physics:body1 = </asset/{link}>",
                     f'uniform token physics:axis = "{axis}"', f"point3f physics:localPos1 = {place}",
                     f"float physics:lowerLimit = {-limit}", f"float physics:upperLimit = {limit}")
 
@@ -34,7 +34,7 @@ def cartpole():
     usd.write(path, [
         body("rail", (0, 0, 0), (0.02, 2, 0.02), 1), body("cart", (0, 0, 0), (0.1, 0.12, 0.1), 1),
         body("pole", (0, 0, 0.5), (0.02, 0.02, 0.5), 0.3),
-        usd.prim("PhysicsFixedJoint", "fixed", "rel physics:body1 = </root/rail>"),
+        usd.prim("PhysicsFixedJoint", "fixed", "rel physics:body1 = </asset/rail>"),
         joint("PhysicsPrismaticJoint", "slider", "Y", "rail", "cart", (0, 0, 0), 4),
         joint("PhysicsRevoluteJoint", "hinge", "X", "cart", "pole", (0, 0, -0.5), 360)], "PhysicsArticulationRootAPI")
     motor = ImplicitActuatorCfg(joint_names_expr=["slider"], joint_effort_limit=100.0, stiffness=0.0, damping=0.5)

@@ -58,8 +58,8 @@ def test_ids_are_known_to_humanoidbench():
     assert {task.env_id for task in tasks.tasks_of(["humanoidbench"])} <= set(gymnasium.registry)
 
 
-def test_isaac_lab_ids_of_version_3_are_the_same_tasks():
-    assert tasks.task_of("trudi_isaaclab", "Isaac-Reorient-Cube-Shadow-Direct").env_id == "Isaac-Repose-Cube-Shadow-Direct-v0"
+def test_isaac_lab_ids_of_version_2_are_the_same_tasks():
+    assert tasks.task_of("trudi_isaaclab", "Isaac-Repose-Cube-Shadow-Direct-v0").env_id == "Isaac-Reorient-Cube-Shadow-Direct"
     assert tasks.task_of("trudi_isaaclab", "Mjlab-Cartpole-Balance") is None
     assert tasks.task_of("trudi_mjx", "PickCube-v1") is None
 
@@ -385,7 +385,8 @@ def test_flags_that_sweeps_use_exist_in_the_scripts():
 def test_real_run_folders_are_understood():
     found = find_runs([ROOT / "benchmark" / "results" / "curves"])
     assert {r.folder.parent.name for r in found if r.finished()} == {
-        "CartpoleBalance", "CheetahRun", "ReacherEasy", "PushCube", "HalfCheetah", "Hopper"}
+        "CartpoleBalance", "CheetahRun", "ReacherEasy", "PushCube", "HalfCheetah", "Hopper", "Mjlab-Cartpole-Balance",
+        "Isaac-Test-Cartpole"}
     assert {r.folder.parent.name for r in found if not r.finished()} == {"PickCube", "h1hand-stand"}
     assert all(r.end(10 * r.args["batch_size"] + 1) == 10 * r.args["batch_size"] for r in found)
 
