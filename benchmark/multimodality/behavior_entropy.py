@@ -163,7 +163,8 @@ def main() -> None:
     results = summarize(task, modes, total, success)
     output = args.output or str(pathlib.Path(args.run_dir, "behavior_entropy"))
     settings = {"env_id": agent.args.env_id, "horizon": agent.time_limit, "iteration": state.iteration, "seed": args.seed}
-    content = {"provenance": trudi.provenance(), **settings, **results}
+    run = json.loads(pathlib.Path(args.run_dir, "args.json").read_text())
+    content = {"run": {name: x for name, x in run.items() if name != "args"}, "command": sys.argv, **settings, **results}
     pathlib.Path(f"{output}.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(task, trace, decided_by, modes, f"{output}.png")
     print("\n".join(f"{name}: {value}" for name, value in (settings | results).items()))
