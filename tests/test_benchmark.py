@@ -38,7 +38,8 @@ def test_there_are_73_tasks():
 @pytest.mark.parametrize("suite", COUNTS)
 def test_ids_are_the_scripts_own(suite):
     script = pytest.importorskip(tasks.SUITES[suite].script)
-    assert [task.env_id for task in tasks.tasks_of([suite])] == list(getattr(script, tasks.SUITES[suite].tasks))
+    own = [env_id for env_id in getattr(script, tasks.SUITES[suite].tasks) if not env_id.startswith("Mjlab-")]
+    assert [task.env_id for task in tasks.tasks_of([suite])] == own
 
 
 def test_ids_are_known_to_playground():
