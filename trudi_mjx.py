@@ -160,7 +160,9 @@ def make_agent(args: Args) -> Agent:
     try:
         if args.env_id in HUMANOID and not meshes.exists():  # Playground is slow to import, then clones: can it?
             socket.create_connection(("github.com", 443), timeout=2).close()
-        registry = import_module("mujoco_playground").registry
+        mujoco, registry = import_module("mujoco"), import_module("mujoco_playground").registry
+        # Playground 0.2.0 compares versions as texts and takes MuJoCo 3.10 to 3.17 for ones that had this name (Reacher).
+        mujoco.MjSpec.find_body = mujoco.MjSpec.body
         env = registry.load(args.env_id, config_overrides={"impl": args.impl})
     except (OSError, subprocess.CalledProcessError) as error:
         fail(f"{args.env_id} needs meshes that cannot be downloaded ({error}); in advance, "

@@ -79,6 +79,13 @@ def test_readme_names_metrics_that_are_logged(evaluated):
     assert all(any(f'"{name}"' in script for script in others) for name in unknown), unknown
 
 
+def test_dmc_tasks_can_be_made():
+    """With the MuJoCo that is installed; Playground's two Reachers want one whose version is not 3.10 to 3.17, or our help."""
+    for env_id in trudi.DMC:
+        agent = trudi.make_agent(small_args(env_id=env_id))
+        assert agent.time_limit == 1000 and agent.env.action_size > 0
+
+
 def test_presets_are_flags():
     """What SUITE and PRESET set are arguments that wait for them."""
     waiting = {field.name for field in dataclasses.fields(trudi.Args) if field.default is None}
