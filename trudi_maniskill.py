@@ -181,10 +181,9 @@ def env_step(envs: list[Any], action: Tensor) -> tuple[Tensor, tuple]:
 
 def everywhere(x: Tensor) -> Tensor:
     """A tensor of every process, one after the other along the first axis."""
-    if WORLD == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.contiguous())
+    parts = [torch.empty_like(x) for _ in range(WORLD)] if WORLD > 1 else [x]
+    if WORLD > 1:
+        dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
@@ -206,10 +205,10 @@ class Actor(nn.Module):
         super().__init__()
         self.num_steps, self.prior_std, width = args.num_diffusion_steps, args.prior_std, args.hidden_dim
         self.observation_size = observation_size  # the actor sees the first columns of an observation
-        self.time_mlp = nn.ModuleList([linear(TIME_FEATURES, TIME_FEATURES) for _ in range(2)])
+        gelu = nn.GELU("tanh")  # JAX's form of it
+        self.time_mlp = nn.Sequential(linear(TIME_FEATURES, TIME_FEATURES), gelu, linear(TIME_FEATURES, TIME_FEATURES))
         self.input = linear(observation_size + action_size + TIME_FEATURES, width)
-        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in range(3)])
-        self.hidden = nn.ModuleList([linear(width, width) for _ in range(3)])
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width, 1e-6), linear(width, width), gelu) for _ in range(3))
         self.output = linear(width, action_size)
         nn.init.zeros_(self.output.weight)  # so that the untrained policy is the prior's own process whatever it observes
         self.raw_friction = nn.Parameter(torch.full((action_size,), math.log(math.e - 1)), args.learn_friction)  # of softplus 1
@@ -222,33 +221,27 @@ class Actor(nn.Module):
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
         n = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None]
         angle = n * 10000.0 ** (-torch.arange(TIME_FEATURES // 2, device=n.device) / (TIME_FEATURES // 2))
-        hidden = self.time_mlp[0](torch.cat([angle.sin(), angle.cos()], -1))
-        time = self.time_mlp[1](F.gelu(hidden, approximate="tanh"))  # JAX's form of it
+        time = self.time_mlp(torch.cat([angle.sin(), angle.cos()], -1))
         weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]
         return F.linear(seen, weight[:, :self.observation_size], bias), F.linear(time, weight[:, -TIME_FEATURES:])
     def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
         x = state + time + F.linear(latent, self.input.weight[:, -TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES])
-        for norm, hidden in zip(self.norms, self.hidden, strict=True):
-            x = x + F.gelu(hidden(norm(x)), approximate="tanh")
+        for block in self.blocks:
+            x = x + block(x)
         return self.output(x)
 
-class Critic(nn.Module):
+class Critic(nn.Sequential):
     """Categorical distributions of the return, whose mean is Q(s, u)."""
     def __init__(self, args: Args, observation_size: int, action_size: int):
-        super().__init__()
         sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
+        hidden = [(linear(size, width), nn.LayerNorm(width, 1e-6), nn.SiLU()) for size in sizes]
+        super().__init__(*itertools.chain(*hidden), linear(width, args.num_atoms))
         self.observation_size = observation_size  # the critic sees the last columns of an observation
-        self.hidden = nn.ModuleList([linear(size, width) for size in sizes])
-        self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in sizes])
-        self.output = linear(width, args.num_atoms)
-        self.output.bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
+        self[-1].bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Logits (B, atoms)."""
-        x = torch.cat([observation[..., -self.observation_size:], action], -1)
-        for hidden, norm in zip(self.hidden, self.norms, strict=True):
-            x = F.silu(norm(hidden(x)))
-        return self.output(x)
+        return super().forward(torch.cat([observation[..., -self.observation_size:], action], -1))
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer as flax makes it: weights of variance 1 / inputs, cut at two standard deviations, and no bias."""
@@ -273,8 +266,7 @@ def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
     noising = (latents[1:] - latents[:-1] * (1 - h / variance)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
     log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
     prior = -0.5 * noise[-1] ** 2 - math.log(actor.prior_std * math.sqrt(2 * math.pi))
-    last = latents[0]
-    tanh_log_det = 2 * (math.log(2.0) - last - F.softplus(-2 * last))  # of 1 - tanh^2; finite where tanh rounds to 1
+    tanh_log_det = 2 * (math.log(2.0) - latents[0] - F.softplus(-2 * latents[0]))  # of 1 - tanh^2; finite where tanh is 1
     bound = log_ratio - prior + tanh_log_det  # Eq. 117, Eq. 180 (E1: its sign)
     return Chain(torch.tanh(latents[0]), bound.sum(-1), latents[1:].transpose(0, 1), means.transpose(0, 1))
 
@@ -314,7 +306,7 @@ def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Te
         targets[t] = later
     return targets
 # ------------------------------------------------------------------------------------------------ losses, learning
-# All that learns: actor, critic, logarithms of the duals alpha and lambda (2,), and Adam for the three.
+# All that learns: actor, critic, logarithms of the duals alpha and lambda (a ParameterList), and Adam for the three.
 Learner = namedtuple("Learner", "actor critic log_duals actor_opt critic_opt dual_opt")
 # B states: normalised observations, and from the rollout actions, old chains and lambda-returns.
 Batch = namedtuple("Batch", "observation action latents means target")
@@ -325,7 +317,7 @@ def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
 
 def actor_loss(learner: Learner, args: Args, batch: Batch, old_h: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The split loss, and l and c of every state (B,); noise is (N + 1, B, A), old_h the old step sizes."""
-    alpha, lambda_ = learner.log_duals.detach().exp()
+    alpha, lambda_ = (x.detach().exp() for x in learner.log_duals)
     chain = sample_chain(learner.actor, batch.observation, noise)
     q = q_value(args, learner.critic(batch.observation, chain.action))
     improve = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
@@ -333,7 +325,7 @@ def actor_loss(learner: Learner, args: Args, batch: Batch, old_h: Tensor, noise:
     loss = torch.where(kl <= args.trust_region_bound, improve, lambda_ * kl)  # Eq. 181: one of two losses per state
     return loss.mean(), chain.entropy_bound.detach(), kl.detach()
 
-def dual_loss(log_duals: Tensor, args: Args, bound: Tensor, kl: Tensor, action_size: int) -> Tensor:
+def dual_loss(log_duals: nn.ParameterList, args: Args, bound: Tensor, kl: Tensor, action_size: int) -> Tensor:
     """Alpha falls while the policy is noisier than its target; lambda grows while the region is violated."""
     surplus, excess = bound.mean() + args.target_entropy_scale * action_size, kl.mean() - args.trust_region_bound
     return log_duals[0].exp() * surplus - log_duals[1].exp() * excess  # Eq. 183, Eq. 184 (E4)
@@ -341,13 +333,10 @@ def dual_loss(log_duals: Tensor, args: Args, bound: Tensor, kl: Tensor, action_s
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
     """One step down a loss's gradient, which is averaged over the processes and cut at a global norm."""
     parameters = optimizer.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss, parameters)
-    if WORLD > 1:
-        flat = torch.cat([x.flatten() for x in gradients]) / WORLD
-        dist.all_reduce(flat)
-        gradients = flat.split([x.numel() for x in gradients])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.view_as(parameter)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss / WORLD, parameters), strict=True):
+        parameter.grad = gradient.contiguous()
+        if WORLD > 1:
+            dist.all_reduce(parameter.grad)
     nn.utils.clip_grad_norm_(parameters, max_norm)
     optimizer.step()
 
@@ -377,10 +366,10 @@ def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees:
     """Networks that see so many columns of an observation, duals and Adam, from the seed; the same in every process."""
     torch.manual_seed(args.seed)
     actor, critic = Actor(args, actor_sees, action_size).to(device), Critic(args, critic_sees, action_size).to(device)
-    log_duals = torch.full((2,), math.log(INITIAL_DUAL), device=device, requires_grad=True)
+    log_duals = nn.ParameterList(torch.full((), math.log(INITIAL_DUAL), device=device) for _ in range(2))
     adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)  # the second for CUDA graphs; fused, it's the same
     return Learner(actor, critic, log_duals, adam([p for p in actor.parameters() if p.requires_grad], args.actor_learning_rate),
-                   adam(critic.parameters(), args.critic_learning_rate), adam([log_duals], args.dual_learning_rate))
+                   adam(critic.parameters(), args.critic_learning_rate), adam(log_duals.parameters(), args.dual_learning_rate))
 
 def sample_policy(args: Args, actor: Actor, moments: Tensor, observation: Tensor) -> tuple[Chain, Tensor]:
     """Chains of the actor at raw observations, and the normalised ones."""
@@ -472,11 +461,10 @@ def evaluate(agent: Agent, state: TrainState, folder: str | pathlib.Path) -> dic
 # -------------------------------------------------------------------------------------- run folder and checkpoints
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
     """Write all that training continues from but the simulator's own state, and the seconds it took; keep the last three."""
-    folder, learner = run / "checkpoints", state.learner
+    folder, content = run / "checkpoints", {name: part.state_dict() for name, part in state.learner._asdict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    content = {name: getattr(learner, name).state_dict() for name in set(Learner._fields) - {"log_duals"}}
-    content |= dict(log_duals=learner.log_duals.detach(), iteration=state.iteration, wall_time=wall_time)
-    torch.save(content | state.statistics._asdict(), folder / "unfinished")
+    content |= dict(state.statistics._asdict(), iteration=state.iteration, wall_time=wall_time)
+    torch.save(content, folder / "unfinished")
     (folder / "unfinished").replace(folder / f"{step}.pt")  # so that a file of this name is complete
     for path in sorted(folder.glob("*.pt"), key=lambda path: int(path.stem))[:-3]:
         path.unlink()
@@ -492,9 +480,8 @@ def read_checkpoint(run: str) -> dict[str, Any]:
 def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
     """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
     try:
-        for name in set(Learner._fields) - {"log_duals"}:
-            getattr(state.learner, name).load_state_dict(saved[name])
-        state.learner.log_duals.data.copy_(saved["log_duals"])
+        for name, part in state.learner._asdict().items():
+            part.load_state_dict(saved[name])
         moments = state.statistics.moments.copy_(saved["moments"])
         return state._replace(statistics=Statistics(saved["count"], moments), iteration=saved["iteration"])
     except (KeyError, ValueError, RuntimeError) as error:

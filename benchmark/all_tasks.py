@@ -48,7 +48,7 @@ def sizes(run: pathlib.Path) -> dict[str, int]:
     """Numbers of observations (actor's and critic's) and actions, from a run's checkpoint."""
     for path in (run / "checkpoints").glob("*.pt"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        inputs, action = saved["critic"]["hidden.0.weight"].shape[1], len(saved["actor"]["raw_friction"])
+        inputs, action = saved["critic"]["0.weight"].shape[1], len(saved["actor"]["raw_friction"])
         seen = saved["actor"]["input.weight"].shape[1] - action - saved["actor"]["time_mlp.0.weight"].shape[1]
         return {"observation": seen, "privileged": inputs - action, "action": action}
     arrays = trudi.read_checkpoint(str(run))["state"]

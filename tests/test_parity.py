@@ -40,13 +40,19 @@ def pair(scale=1.0):
 
 
 def as_torch(network):
-    """A network of trudi_mjx.py, or a gradient of it, as PyTorch's state_dict."""
-    found = {}
+    """A network of trudi_mjx.py, or a gradient of it, as PyTorch's state_dict, whose layers are numbered in order."""
+    critic = isinstance(network, mjx.Critic)
+    found, numbers = {}, {"time_mlp.1": "time_mlp.2", "output": "9" if critic else "output"}
+    for i in range(3):
+        numbers |= ({f"hidden.{i}": f"{3 * i}", f"norms.{i}": f"{3 * i + 1}"} if critic else
+                    {f"hidden.{i}": f"blocks.{i}.1", f"norms.{i}": f"blocks.{i}.0"})
     for path, x in jax.tree.leaves_with_path(network):
         *names, last = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))) for key in path if
                         str(getattr(key, "key", getattr(key, "name", ""))) != "value"]
         last = {"kernel": "weight", "scale": "weight"}.get(last, last)
-        found[".".join([*names, last])] = torch.tensor(np.asarray(x).T if x.ndim == 2 else np.asarray(x))
+        layer = ".".join(names)
+        name = f"{numbers.get(layer, layer)}.{last}".lstrip(".")
+        found[name] = torch.tensor(np.asarray(x).T if x.ndim == 2 else np.asarray(x))
     return found
 
 
@@ -139,7 +145,7 @@ def test_actor_loss_and_gradient(bound):
         kl = mjx.trajectory_kl(actor, ours.seen_by_actor, ours.latents, ours.means, old_h)
         args = [dataclasses.replace(x, trust_region_bound=float(np.median(kl))) for x in args]
     duals = {"log_alpha": jnp.log(0.3), "log_lambda": jnp.log(0.7)}
-    log_duals = torch.tensor([np.log(0.3), np.log(0.7)], dtype=torch.float32, requires_grad=True)
+    log_duals = torch.nn.ParameterList(torch.tensor(np.log(x), dtype=torch.float32) for x in (0.3, 0.7))
     function = jax.jit(jax.value_and_grad(
         lambda actor: mjx.actor_loss(actor, args[0], critic, duals, ours, old_h, noise), has_aux=True))
     (value, (l_bound, kl)), gradient = function(actor)
@@ -151,7 +157,7 @@ def test_actor_loss_and_gradient(bound):
     same = torch.autograd.grad(loss, list(other.parameters()))
     same_gradient(gradient, other, same)
     ours_dual = jax.grad(mjx.dual_loss)(duals, args[0], l_bound, kl, A)
-    dual, = torch.autograd.grad(maniskill.dual_loss(log_duals, args[1], other_bound, other_kl, A), log_duals)
+    dual = torch.autograd.grad(maniskill.dual_loss(log_duals, args[1], other_bound, other_kl, A), list(log_duals))
     close(dual, [ours_dual["log_alpha"], ours_dual["log_lambda"]])
 
 
@@ -177,7 +183,7 @@ def test_updates():
     for network, expected in zip(other[:2], (learner.actor, learner.critic), strict=True):
         for name, x in as_torch(expected).items():
             close(network.state_dict()[name], x, atol=1e-4, err_msg=name)
-    close(other.log_duals.detach(), [learner.duals["log_alpha"], learner.duals["log_lambda"]])
+    close([x.detach() for x in other.log_duals], [learner.duals["log_alpha"], learner.duals["log_lambda"]])
 
 
 def test_statistics():
