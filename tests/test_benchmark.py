@@ -662,6 +662,8 @@ def test_cost_counts_only_the_papers_sizes(analyze, tmp_path):
     page = analyze(root, out=tmp_path / "out")
     assert "| MuJoCo Playground, DeepMind Control | 20 | 50,000,000 | 1,000 | 1 x test | 2,778 |" in page
     assert "| Isaac Lab | 6 | 300,000,000 | not measured |" in page
+    assert "78 hours for forty" in page  # 40 x 1.95
+    assert "the 51,500,000,000 steps of all would take 2,008 hours" in page  # 670 x 50M + 60 x 300M, each 50M in 1.95 hours
 
 
 @pytest.mark.parametrize(("sources", "message"), [(["nowhere"], "there is no nowhere"), (["empty"], "no run in empty")])
