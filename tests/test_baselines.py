@@ -12,17 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import Sim, lively_actor
+from probes import small_args as trudi_args
 from scipy.stats import norm
 from test_runs import Runner, curve, metrics
 
 import trudi_mjx
+from benchmark.baselines import dime_mjx as dime
+from benchmark.baselines import dppo_mjx as dppo
+from benchmark.baselines import fpo_mjx as fpo
+from benchmark.baselines import ppo_mjx as ppo
 from benchmark.baselines import reppo_mjx as reppo
+from benchmark.baselines import spo_mjx as spo
 
 FOLDER = pathlib.Path(reppo.__file__).parent
 # The functions, classes and constants that a baseline has in common with trudi_mjx.py by name, but not by text.
 OWN = {
     "reppo_mjx": "PRESET Args resolve Transition Actor Batch actor_loss update_minibatch learn sample_policy rollout improve "
-                 "evaluation_action"}
+                 "evaluation_action",
+    "dime_mjx": "Args Transition Batch actor_loss dual_loss update_minibatch learn init_state rollout improve"}
+VALUE_BASED = ("SUITE PRESET Args resolve Transition Actor Critic Learner Batch optimizers critic_loss actor_loss "
+               "update_minibatch learn init_state sample_policy rollout improve evaluation_action")
+OWN |= dict.fromkeys(("ppo_mjx", "spo_mjx"), VALUE_BASED)
+OWN |= {"dppo_mjx": VALUE_BASED + " Chain sample_chain", "fpo_mjx": VALUE_BASED + " iterate"}
 NAMES = sorted(OWN)
 SIZES = dict(preset="cpu", num_envs=16, num_steps=8, minibatch_size=64, hidden_dim=16, num_eval_envs=4, total_timesteps=1280)
 
@@ -149,6 +161,367 @@ def test_reppo_starts_as_a_standard_normal():
     np.testing.assert_array_equal(std, np.ones((40, 3)))
 
 
+# --------------------------------------------------------------------------------------------------------- PPO and SPO
+def test_gaussian_log_density_and_kl():
+    action = MEAN + np.array([[0.2, -0.7]])
+    expected = norm.logpdf(action, MEAN, STD).sum(-1)
+    new_mean, new_std = MEAN + np.array([[0.1, 0.3]]), STD * np.array([[1.3], [0.6], [1.0]])
+    for script in (ppo, spo):
+        np.testing.assert_allclose(script.log_density(*map(jnp.asarray, (action, MEAN, STD))), expected, rtol=1e-4)
+        kl = script.gaussian_kl(*map(jnp.asarray, (MEAN, STD, new_mean, new_std)))
+        np.testing.assert_allclose(kl, kl_on_a_grid(MEAN, STD, new_mean, new_std), rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", [ppo, spo, dppo, fpo])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def test_advantages_are_sums_of_errors(script, gae_lambda):
+    """With a termination, a time-out or neither at every step, and at random everywhere."""
+    steps, rng = 9, np.random.default_rng(1)
+    chance = rng.random((2, 100, steps)) < np.array([0.15, 0.2])[:, None, None]
+    single, none = np.eye(steps, dtype=bool), np.zeros((steps, steps), bool)
+    terminated, truncated = (np.concatenate(x) for x in (([none, single, none, chance[0]]), ([none, none, single, chance[1]])))
+    truncated &= ~terminated
+    reward, value, next_value = rng.normal(size=(3, *terminated.shape))
+    args = dataclasses.replace(small_args(script), gamma=0.9, gae_lambda=gae_lambda)
+    found = script.advantages(args, *(jnp.asarray(x.T) for x in (reward, terminated, truncated, value, next_value)))
+    expected = np.zeros_like(reward)
+    for i, t in np.ndindex(*reward.shape):
+        for k in range(t, steps):
+            error = reward[i, k] + 0.9 * (0 if terminated[i, k] else next_value[i, k]) - value[i, k]
+            expected[i, t] += (0.9 * gae_lambda) ** (k - t) * error
+            if terminated[i, k] or truncated[i, k]:
+                break
+    np.testing.assert_allclose(np.asarray(found).T, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("script", [ppo, spo, dppo, fpo])
+def test_a_termination_cuts_off_what_is_not_finite(script):
+    """Of a simulation that diverged, the value after its end is NaN."""
+    terminated, ones = jnp.array([[False], [True], [False]]), jnp.ones((3, 1))
+    found = script.advantages(small_args(script), ones, terminated, terminated & False, 0 * ones,
+                              jnp.where(terminated, jnp.nan, 1.0))
+    assert np.isfinite(found).all()
+    assert found[1, 0] == 1
+
+
+def slopes(script, ratios, advantage, z=3.0, **changes):
+    """The loss, and its slopes in the means of standard normals, moved until the ratios of an action z are these."""
+    args = small_args(script, **{"entropy_scale": 0.0, **changes})
+    moved = z - np.sqrt(z**2 - 2 * np.log(ratios))  # log r = d z - d^2 / 2
+    zeros, ones = jnp.zeros((len(ratios), 1)), jnp.ones((len(ratios), 1))
+    batch = script.Batch(zeros, zeros, z * ones, zeros, ones, jnp.asarray(advantage), None)
+    def loss(d):
+        return script.actor_loss(lambda observation: (d, ones), args, batch)
+    value, slope = jax.value_and_grad(lambda d: loss(d)[0])(jnp.asarray(moved)[:, None])
+    np.testing.assert_allclose(loss(jnp.asarray(moved)[:, None])[1][0], ratios, rtol=1e-4)
+    return float(value), np.asarray(slope)[:, 0] * len(ratios), ratios * (z - moved)
+
+
+def test_clipped_loss():
+    """Its gradient is that of r A, but 0 where r is beyond 1 +- epsilon on the side to which A pulls."""
+    ratios, advantage = np.tile([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0], 2), np.repeat([1.5, -0.5], 7)
+    value, slope, unit = slopes(ppo, ratios, advantage)
+    clipped = np.clip(ratios, 0.8, 1.2)
+    np.testing.assert_allclose(value, -np.minimum(ratios * advantage, clipped * advantage).mean(), rtol=1e-4)
+    stopped = np.where(advantage > 0, ratios > 1.2, ratios < 0.8)
+    assert stopped.sum() == 4
+    np.testing.assert_allclose(slope, np.where(stopped, 0, -advantage * unit), atol=1e-4)
+
+
+def test_penalised_loss():
+    """It is best at r = 1 + epsilon sign(A), and its gradient leads back from beyond."""
+    advantage = np.array([1.5, -0.5])
+    for epsilon in (0.2, 0.1):
+        best = 1 + epsilon * np.sign(advantage)
+        value, slope, _ = slopes(spo, best, advantage, epsilon=epsilon)
+        np.testing.assert_allclose(slope, 0, atol=1e-4)
+        np.testing.assert_allclose(value, -(advantage + np.abs(advantage) * epsilon / 2).mean(), rtol=1e-4)
+        for ratios in (best * 1.05, best * 0.95):
+            more, slope, unit = slopes(spo, ratios, advantage, epsilon=epsilon)
+            assert more > value
+            np.testing.assert_allclose(slope, -unit * (advantage - np.abs(advantage) / epsilon * (ratios - 1)), atol=1e-4)
+            assert np.all(np.sign(slope) == np.sign(ratios - best))
+
+
+@pytest.mark.parametrize("script", [ppo, spo])
+def test_entropy_is_rewarded(script):
+    args, advantage = small_args(script, entropy_scale=0.3), jnp.array([1.0, -2.0, 0.5])
+    batch = script.Batch(jnp.zeros((3, 1)), None, jnp.asarray(MEAN), jnp.asarray(MEAN), jnp.asarray(STD), advantage, None)
+    loss, (ratio, entropy, kl) = script.actor_loss(gaussian(MEAN, STD), args, batch)
+    expected = norm.entropy(0, STD).sum(-1)
+    np.testing.assert_allclose(entropy, expected, rtol=1e-4)
+    np.testing.assert_allclose(loss, -(np.asarray(advantage) + 0.3 * expected).mean(), rtol=1e-4)
+    np.testing.assert_allclose(ratio, 1, rtol=1e-6)
+    np.testing.assert_allclose(kl, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", [ppo, spo, dppo, fpo])
+def test_value_loss(script):
+    given = dict(seen_by_critic=jnp.array([[1.0], [4.0]]), target=jnp.array([2.0, 0.0]))
+    batch = script.Batch(**dict.fromkeys(script.Batch._fields) | given)
+    assert script.critic_loss(lambda observation: observation[:, 0], small_args(script), batch) == (1 + 16) / 2
+    assert script.Critic(small_args(script), 5, 2, script.nnx.Rngs(0))(normals(1, 7, 5)).shape == (7,)
+
+
+@pytest.mark.parametrize("script", [ppo, spo])
+def test_learning_rate_follows_the_kl(script):
+    args = small_args(script, desired_kl=0.01)
+    for rate, kl, expected in ((1e-3, 0.021, 1e-3 / 1.5), (1e-3, 0.019, 1e-3), (1e-3, 0.006, 1e-3), (1e-3, 0.004, 1.5e-3),
+                               (1.2e-5, 1.0, 1e-5), (9e-3, 0.0, 1e-2)):
+        np.testing.assert_allclose(script.adapt(jnp.asarray(rate), args, jnp.asarray(kl)), expected, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- DIME
+def test_dime_has_trudis_loss_without_its_trust_region():
+    """Value and gradient of TruDi's with no state violated; with all violated, TruDi's is another."""
+    args = trudi_args(num_diffusion_steps=2, num_atoms=2, v_min=-10.0, v_max=10.0)
+    old, actor = lively_actor(args, 3, 2, seed=3), lively_actor(args, 3, 2, seed=4)
+    graph, params = trudi_mjx.nnx.split(actor)
+    seen, noise = normals(5, 24, 3), normals(6, 3, 24, 2)
+    chain = trudi_mjx.sample_chain(old, seen, normals(7, 3, 24, 2))
+    duals = {"log_alpha": jnp.log(0.3), "log_lambda": jnp.log(2.0)}
+
+    def critic(observation, action):  # Q = 2 (u_1 + u_2) of atoms at -10 and 10
+        p = 0.5 + 0.1 * action.sum(-1)
+        return jnp.stack([jnp.zeros_like(p), jnp.log(p / (1 - p))], -1)
+
+    def trudis(params, bound):
+        batch = trudi_mjx.Batch(seen, seen, None, chain.latents, chain.means, None)
+        bounded = dataclasses.replace(args, trust_region_bound=bound)
+        actor = trudi_mjx.nnx.merge(graph, params)
+        return trudi_mjx.actor_loss(actor, bounded, critic, duals, batch, old.step_sizes(), noise)[0]
+
+    def dimes(params):
+        batch = dime.Batch(seen, seen, None, None)
+        own = small_args(dime, num_diffusion_steps=2, num_atoms=2, v_min=-10.0, v_max=10.0)
+        return dime.actor_loss(trudi_mjx.nnx.merge(graph, params), own, critic, {"log_alpha": jnp.log(0.3)}, batch, noise)[0]
+
+    value, gradient = jax.value_and_grad(dimes)(params)
+    free, violated = (jax.value_and_grad(trudis)(params, bound) for bound in (np.inf, 0.0))
+    assert value == free[0] != violated[0]
+    for own, same, other in zip(*map(jax.tree.leaves, (gradient, free[1], violated[1])), strict=True):
+        np.testing.assert_allclose(own, same, atol=1e-6)
+        assert np.abs(own - other).max() > 1e-3
+
+
+def test_dime_alpha():
+    """It falls iff the policy is noisier than its target; and there is no other dual, nor a flag of a trust region."""
+    args = small_args(dime, target_entropy_scale=0.7)
+    for surplus in (-0.4, 0.4):
+        gradient = jax.grad(dime.dual_loss)({"log_alpha": jnp.log(0.5)}, args, -2.1 + surplus + jnp.array([-1.0, 1.0]), 3)
+        np.testing.assert_allclose(gradient["log_alpha"], 0.5 * surplus, rtol=1e-4)
+    assert {field.name for field in dataclasses.fields(trudi_mjx.Args)} - set(vars(args)) == {"trust_region_bound"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- DPPO
+@dataclasses.dataclass(eq=False)
+class Noise:
+    """An actor of DPPO that predicts a given function of state, step and latents."""
+
+    f: callable
+    num_steps: int = 4
+
+    def embed(self, observation):
+        return observation, jnp.arange(1.0, self.num_steps + 1)[:, None]
+
+    def __call__(self, state, time, latent):
+        return self.f(state, time, latent)
+
+
+def dppo_mean(f, plan, state, n, latent):
+    """The mean of a^(n-1) in double precision."""
+    k = n - 1
+    action = np.clip((latent - plan.noise[k] * f(np, state, n, latent)) / plan.signal[k], -1, 1)
+    return plan.from_action[k] * action + plan.from_latent[k] * latent
+
+
+def wiggle(xp, state, n, a):
+    return xp.sin(2 * a + 0.3 * n) + 0.2 * state
+
+
+def wobble(xp, state, n, a):
+    return xp.sin(2 * a + 0.4 * n) + 0.1 * state
+
+
+def old_chains(n_steps=4, least_std=0.1):
+    """Observations, chains of `wiggle` and their noise, NumPy's schedule."""
+    seen, noise = normals(8, 50, 1), normals(9, n_steps + 1, 50, 2)
+    chain = dppo.sample_chain(Noise(lambda *x: wiggle(jnp, *x), n_steps), seen, noise, least_std)
+    return seen, noise, chain, dppo.Schedule(*(np.asarray(x, np.float64) for x in dppo.schedule(n_steps)))
+
+
+@pytest.mark.parametrize("n_steps", [1, 4, 8])
+def test_dppo_schedule_is_the_posterior(n_steps):
+    """Of a^(n-1), by completing the square: of its density given the action, times that of a^n given a^(n-1)."""
+    plan = dppo.Schedule(*(np.asarray(x, np.float64)[:, 0] for x in dppo.schedule(n_steps)))
+    np.testing.assert_allclose(plan.signal**2 + plan.noise**2, 1, rtol=1e-5)
+    assert np.all(np.diff(plan.signal) < 0)
+    before = np.concatenate([[1.0], plan.signal[:-1] ** 2])
+    step = plan.signal**2 / before  # 1 - beta
+    for n in range(1, n_steps):  # where the variance is not 0
+        precision = 1 / (1 - before[n]) + step[n] / (1 - step[n])
+        np.testing.assert_allclose(plan.std[n] ** 2, 1 / precision, rtol=1e-3)
+        np.testing.assert_allclose(plan.from_action[n], np.sqrt(before[n]) / (1 - before[n]) / precision, rtol=1e-3)
+        np.testing.assert_allclose(plan.from_latent[n], np.sqrt(step[n]) / (1 - step[n]) / precision, rtol=1e-3)
+    np.testing.assert_allclose([plan.from_action[0], plan.from_latent[0], plan.std[0]], [1, 0, 0], atol=1e-6)
+    shares = np.cos(np.pi / 2 * (np.arange(1, n_steps) / n_steps + 0.008) / 1.008) / np.cos(np.pi / 2 * 0.008 / 1.008)
+    np.testing.assert_allclose(plan.signal[:-1], shares, rtol=1e-3)
+
+
+@pytest.mark.parametrize("least_std", [0.1, 0.0])
+def test_dppo_chain(least_std):
+    seen, noise, chain, plan = old_chains(least_std=least_std)
+    latents, noise = np.asarray(chain.latents, np.float64), np.asarray(noise)
+    np.testing.assert_array_equal(latents[:, 4], noise[4])
+    np.testing.assert_array_equal(chain.action, chain.latents[:, 0])
+    for n in range(1, 5):
+        mean = dppo_mean(wiggle, plan, np.asarray(seen), n, latents[:, n])
+        np.testing.assert_allclose(chain.means[:, n - 1], mean, atol=1e-4)
+        np.testing.assert_allclose(latents[:, n - 1], mean + np.maximum(plan.std[n - 1], least_std) * noise[n - 1], atol=1e-4)
+    assert np.allclose(chain.action, chain.means[:, 0]) == (least_std == 0)
+
+
+@pytest.mark.parametrize("n_steps", [1, 4])
+def test_dppo_loss_of_every_denoising_step(n_steps):
+    """Against scipy's densities of each step, summed up in NumPy."""
+    seen, _, chain, plan = old_chains(n_steps)
+    args, advantage = small_args(dppo, num_diffusion_steps=n_steps, denoising_discount=0.3), np.asarray(normals(10, 50))
+    batch = dppo.Batch(seen, None, chain.latents, chain.means, jnp.asarray(advantage), None)
+    loss, (outside, kl) = dppo.actor_loss(Noise(lambda *x: wobble(jnp, *x), n_steps), args, batch)
+    latents, total, distance, beyond = np.asarray(chain.latents, np.float64), 0.0, 0.0, []
+    for n in range(1, n_steps + 1):
+        std = np.maximum(plan.std[n - 1], 0.1)
+        means = [dppo_mean(f, plan, np.asarray(seen), n, latents[:, n]) for f in (wiggle, wobble)]
+        old, new = (norm.logpdf(latents[:, n - 1], mean, std) for mean in means)
+        ratio = np.exp((new - old).mean(-1))
+        late = (n_steps - n) / (n_steps - 1) if n_steps > 1 else 1.0
+        epsilon = 1e-3 + (0.2 - 1e-3) * (np.exp(3 * late) - 1) / (np.exp(3) - 1)
+        discounted = advantage * 0.3 ** (n - 1)
+        total -= np.minimum(ratio * discounted, np.clip(ratio, 1 - epsilon, 1 + epsilon) * discounted).mean() / n_steps
+        distance = distance + ((means[0] - means[1]) ** 2 / (2 * std**2)).sum(-1)
+        beyond.append(np.abs(ratio - 1) > epsilon)
+    np.testing.assert_allclose(loss, total, rtol=2e-3)
+    np.testing.assert_allclose(kl, distance, rtol=2e-3, atol=1e-4)
+    assert (np.asarray(outside) != np.stack(beyond, -1)).mean() < 0.02  # rounding
+    assert 0.1 < np.mean(beyond) < 1 or n_steps == 1
+    same, (outside, kl) = dppo.actor_loss(Noise(lambda *x: wiggle(jnp, *x), n_steps), args, batch)
+    np.testing.assert_allclose(same, -(advantage[:, None] * 0.3 ** np.arange(n_steps)).mean(), atol=1e-3)
+    np.testing.assert_allclose(kl, 0, atol=1e-5)
+
+
+def test_dppo_learning_rate_decays():
+    args = small_args(dppo, max_grad_norm=1e3)
+    updates = args.num_iterations * args.num_epochs * 2
+    optimizer = dppo.optimizers(args)[0]
+
+    def step(state, _):
+        update, state = optimizer.update(jnp.ones(()), state)
+        return state, -update
+
+    _, sizes = jax.lax.scan(step, optimizer.init(jnp.zeros(())), None, updates)
+    np.testing.assert_allclose(sizes, 3e-4 * (1 + np.cos(np.pi * np.arange(updates) / updates)) / 2, rtol=1e-3, atol=1e-8)
+
+
+# ----------------------------------------------------------------------------------------------------------------- FPO
+def draws(count=30):
+    """Latents, draws of noise and of time."""
+    time = jax.random.uniform(jax.random.PRNGKey(13), (count, 8, 1), minval=0.01)
+    return normals(11, count, 2), normals(12, count, 8, 2), time
+
+
+def test_matching_loss_of_known_velocities():
+    latent, noise, time = draws()
+    right = fpo.matching_loss(lambda seen, x, t: (x - latent[:, None]) / t, jnp.zeros((30, 1)), latent, noise, time)
+    np.testing.assert_allclose(right, 0, atol=1e-5)
+    still = fpo.matching_loss(lambda seen, x, t: 0 * x, jnp.zeros((30, 1)), latent, noise, time)
+    expected = ((1 - time) * (noise - latent[:, None])) ** 2
+    np.testing.assert_allclose(still, expected.mean((1, 2)), rtol=1e-4)
+    seen = fpo.matching_loss(lambda seen, x, t: seen[..., :1] + 0 * x, latent, latent, noise, time)
+    expected = (1 - time) ** 2 * (noise - latent[:, None] - latent[:, None, :1]) ** 2
+    np.testing.assert_allclose(seen, expected.mean((1, 2)), rtol=1e-4)
+
+
+def test_flow_is_integrated():
+    class Velocity:
+        num_steps = 10
+
+        def __init__(self, f):
+            self.f = f
+
+        def __call__(self, seen, latent, time):
+            return self.f(latent, time)
+
+    noise = normals(14, 20, 2)
+    for f, end in ((lambda x, t: 0 * x + 0.7, noise - 0.7), (lambda x, t: 0.5 * x, noise * 0.95**10),
+                   (lambda x, t: 0 * x + t, noise - 0.55)):  # times 1, 0.9 ... 0.1
+        np.testing.assert_allclose(fpo.integrate(Velocity(f), jnp.zeros((20, 1)), noise), end, atol=1e-5)
+
+
+def test_flow_loss_is_clipped():
+    """In ratios of matching losses; a velocity of 0 but for a shift, on latents and noise whose losses are known."""
+    args, (latent, noise, time) = small_args(fpo), draws(60)
+    still = ((1 - time) * (noise - latent[:, None])) ** 2
+    old = np.asarray(still.mean((1, 2))) + np.tile([-0.3, -0.1, 0.0, 0.1, 0.3], 12)
+    advantage = np.repeat([1.5, -0.5], 30)
+    batch = fpo.Batch(jnp.zeros((60, 1)), None, latent, noise, time, jnp.asarray(old), jnp.asarray(advantage), None)
+
+    def loss(shift):
+        return fpo.actor_loss(lambda seen, x, t: 0 * x + shift[:, None, None], args, batch)
+
+    (value, ratio), slope = jax.value_and_grad(loss, has_aux=True)(jnp.zeros(60))
+    expected = np.tile(np.exp([-0.3, -0.1, 0.0, 0.1, 0.3]), 12)
+    np.testing.assert_allclose(ratio, expected, rtol=1e-3)
+    clipped = np.clip(expected, 0.8, 1.2)
+    np.testing.assert_allclose(value, -np.minimum(expected * advantage, clipped * advantage).mean(), rtol=1e-3)
+    stopped = np.where(advantage > 0, expected > 1.2, expected < 0.8)
+    assert stopped.sum() == 12
+    towards = 2 * np.asarray(((1 - time) ** 2 * (noise - latent[:, None])).mean((1, 2)))  # minus the matching loss's slope
+    np.testing.assert_allclose(slope * 60, np.where(stopped, 0, -advantage * expected * towards), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+class Aim:
+    """Pays least for actions far from half of what is observed; episodes are of one step."""
+
+    action_size = 1
+
+    def reset(self, key):
+        zero, now = jnp.zeros(()), jnp.zeros((), int)
+        return Sim(jax.random.uniform(key, (1,), minval=-1.0), zero, zero, now, now)
+
+    def step(self, sim, action):
+        return sim._replace(reward=-4 * (action[0] - sim.obs[0] / 2) ** 2, done=jnp.ones(()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learns_to_aim(name):
+    """By iterations as a run has them; and each way to evaluate is one of its own."""
+    script, steps = script_of(name), 50 if name == "dppo_mjx" else 20  # it clips its noisiest steps at 0.001
+    given = dict(env_id="G1JoystickRoughTerrain", preset="cpu", num_envs=64, num_steps=16, minibatch_size=256, num_epochs=4,
+                 hidden_dim=32, num_eval_envs=4, total_timesteps=1024 * steps, gamma=0.5, num_diffusion_steps=4, epsilon=0.1,
+                 **dict.fromkeys(("learning_rate", "actor_learning_rate", "critic_learning_rate"), 3e-3))
+    args = script.resolve(script.Args(**{x: v for x, v in given.items() if x in script.Args.__annotations__}))
+    agent = script.Agent(args, Aim(), 1, jax.sharding.Mesh(jax.devices()[:1], ("env",)))
+    start = jax.jit(lambda key: script.init_state(agent, key))(jax.random.PRNGKey(1))
+    end, metrics = jax.jit(lambda state: jax.lax.scan(lambda x, _: script.iterate(agent, x), state, None, steps))(start)
+    seen = jnp.tile(jnp.linspace(-1, 1, 41), 20)[:, None]
+
+    def error(state, mode):
+        normal = script.normalize(state.statistics, seen)
+        own = agent._replace(args=dataclasses.replace(args, eval_mode=mode))
+        action = script.evaluation_action(own, state.learner, (normal, normal), jax.random.PRNGKey(2))
+        return float(((action - seen / 2) ** 2).mean())
+
+    modes = script.Args.__annotations__["eval_mode"].__args__
+    errors = [error(end, mode) for mode in modes]
+    assert len(set(errors)) == len(modes)
+    assert errors[0] < 0.3 * error(start, modes[0]), (errors, error(start, modes[0]))
+    for values in (x for key, x in metrics.items() if not key.startswith("charts/episodic")):
+        assert np.isfinite(values).all()
+    for key in metrics.keys() & {"trust_region/stored_kl", "trust_region/fresh_kl"}:
+        assert metrics[key].min() >= 0 < metrics[key].max()
+
+
 # ---------------------------------------------------------------------------------------------------------------- runs
 SMALL = ("--preset cpu --num-envs 16 --num-steps 8 --num-epochs 1 --minibatch-size 64 --hidden-dim 16 --num-eval-envs 2 "
          "--total-timesteps 384 --eval-interval 20 --checkpoint-interval 1").split()
@@ -174,7 +547,7 @@ def test_run(name, folder):
     assert straight.name.startswith(f"CartpoleBalance__{name}__1__")
     assert json.loads((straight / "args.json").read_text())["script"] == name
     curves = [curve(straight / f"seed_{seed}") for seed in (1, 2)]
-    expected = "losses/actor losses/critic charts/SPS charts/episodes charts/simulator_nans trust_region/kl wall_time".split()
+    expected = "losses/actor losses/critic charts/SPS charts/episodes charts/simulator_nans critic/target wall_time".split()
     assert all(x in event for event in metrics(straight / "seed_1") for x in expected)
     for events in curves:
         assert [event["step"] for event in events] == [128, 256, 384]

@@ -1,0 +1,637 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["flax>=0.12", "imageio-ffmpeg>=0.5", "jax>=0.10", "mediapy>=1.2", "optax>=0.2.5", "orbax-checkpoint>=0.11.20",
+#                 "playground>=0.2.0", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tyro>=1.0", "wandb>=0.19.10"]
+# ///
+"""DIME (Diffusion-Based Maximum Entropy RL, arXiv 2502.02316) on on-policy data on MuJoCo Playground, from trudi_mjx.py.
+
+    python benchmark/baselines/dime_mjx.py --env-id CartpoleBalance --preset cpu
+
+What differs from trudi_mjx.py: there is no trust region. Every state has the loss that TruDi has inside of it, -alpha l - Q
+with the entropy bound l of DIME, so that lambda, stored chains and old step sizes are gone. The paper calls this "DIME
+(on-policy data)" and gives it TruDi's networks (Appendix B.5 of arXiv 2606.15260); DIME itself learns off-policy from a replay
+buffer. The critic, its soft lambda-returns, alpha and its target are TruDi's, so that the two differ in nothing but the trust
+region. The KL that an iteration came to is logged, as trust_region/fresh_kl.
+
+`# Eq. 182` and E1 to E18 are of TruDi's paper; README.md has their tables. Axes: T steps of a rollout, E environments, B states
+of a batch, N denoising steps, A action dimensions, K seeds. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1
+... N in order."""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+import logging
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from importlib import import_module, metadata, util
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tensorboardX
+import tyro
+from flax import nnx
+from jax import Array, NamedSharding, P
+from jax.experimental import multihost_utils
+
+DMC = ("AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup CheetahRun "
+       "CartpoleSwingupSparse FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup "
+       "ReacherEasy ReacherHard WalkerRun WalkerStand WalkerWalk").split()
+HUMANOID = ["G1JoystickFlatTerrain", "G1JoystickRoughTerrain", "T1JoystickFlatTerrain", "T1JoystickRoughTerrain"]
+SUITE = {"dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0), "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0)}  # Table 5
+PRESET = {  # paper: Table 5; cpu: sizes measured on two cores, see README.md
+    "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=8, minibatch_size=2048, hidden_dim=512,
+                  actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, num_eval_envs=128,
+                  eval_interval=15, checkpoint_interval=15, target_entropy_scale=0.665),
+    "cpu": dict(total_timesteps=2_000_000, num_envs=512, num_steps=64, num_epochs=4, minibatch_size=256, hidden_dim=64,
+                actor_learning_rate=6e-4, critic_learning_rate=6e-4, dual_learning_rate=1.2e-3, num_eval_envs=64,
+                eval_interval=3, checkpoint_interval=3, target_entropy_scale=1.665)}
+ACTION_LIMIT = 0.999  # clips actions for the simulator and the critic's data; not in the losses, where it'd stop gradients
+STEP_SIZE, KAPPA_MIN, SCHEDULE_SHIFT = 0.125, 1e-3, 0.008  # delta, and the cosine schedule's floor and offset
+TIME_FEATURES, HL_GAUSS_SIGMA = 32, 0.75  # the latter in atom widths
+INITIAL_DUAL, PRIOR_LOGITS = 0.01, 40.0  # alpha at the start; scale of the critic's bias, so that Q starts near 0
+Pose = namedtuple("Pose", "qpos qvel mocap_pos mocap_quat xfrc_applied")  # what a renderer needs
+SCRIPT = pathlib.Path(__file__).stem
+# ------------------------------------------------------------------------------------------------------- arguments
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train a DIME agent. A flag whose default is None takes the value of --preset or of the task's suite."""
+    env_id: str = "CartpoleBalance"  # task of MuJoCo Playground
+    exp_name: str = "dime_mjx"  # part of the run folder's name
+    seed: int = 1  # seed of the first run; run k has seed + k
+    num_seeds: int = 1  # independent runs trained side by side in this process
+    preset: Literal["paper", "cpu"] = "paper"  # sizes: the paper's Table 5, or small ones for two CPU cores
+    impl: Literal["jax", "warp"] | None = None  # simulator, MJX or MuJoCo Warp; default: warp on a GPU, jax elsewhere
+    log_dir: str = "runs"  # parent of the run folders
+    num_envs: int | None = None  # parallel environments of each run
+    num_steps: int | None = None  # steps of each environment in a rollout
+    num_epochs: int | None = None  # passes over a rollout
+    minibatch_size: int | None = None  # states in a gradient step
+    gamma: float | None = None  # discount
+    td_lambda: float = 0.95  # lambda of the critic's lambda-returns
+    actor_learning_rate: float | None = None  # of Adam
+    critic_learning_rate: float | None = None  # of Adam
+    dual_learning_rate: float | None = None  # of Adam, for log alpha
+    max_grad_norm: float = 0.5  # global-norm clip, of actor and critic apart
+    hidden_dim: int | None = None  # width of actor and critic
+    num_diffusion_steps: int = 8  # denoising steps N
+    prior_std: float = 2.5  # standard deviation of the noise a^N
+    learn_friction: bool = True  # learn the step sizes, one factor for each action dimension
+    target_entropy_scale: float | None = None  # the target is minus this for each action dimension, in nats
+    v_min: float | None = None  # lowest atom of the critic
+    v_max: float | None = None  # highest atom of the critic
+    num_atoms: int = 151  # atoms of the critic
+    # The flags from here on may differ when a run is continued or evaluated.
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
+    num_devices: int = 1  # local devices over which the environments are sharded
+    compilation_cache_dir: str = "~/.cache/trudi_jax"  # compiled programs are kept here between runs; empty: nowhere
+    total_timesteps: int | None = None  # environment steps of each run, over all its environments
+    eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"  # probability-flow ODE, a sample, or the best of K by Q
+    ode_score_scale: float = 1.0  # c of the ODE: 0.5 keeps the marginals, 1 is greedier
+    best_of_k: int = 10  # K of best-of-k
+    eval_interval: int | None = None  # iterations between evaluations; the last one is always followed by one
+    num_eval_envs: int | None = None  # episodes in an evaluation
+    checkpoint_interval: int | None = None  # iterations between checkpoints, likewise
+    capture_video: bool = False  # write an mp4 of one episode at each evaluation
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "trudi"  # its project
+    wandb_entity: str | None = None  # its team
+    resume: str | None = None  # run folder to continue, with its own arguments
+    evaluate: str | None = None  # run folder to evaluate, without training
+    batch_size: tyro.conf.Suppress[int] = 0  # environment steps in an iteration, computed
+    num_iterations: tyro.conf.Suppress[int] = 0  # computed; as in CleanRL, steps that do not fill one are left out
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
+    if args.env_id not in DMC + HUMANOID:
+        near = difflib.get_close_matches(args.env_id, DMC + HUMANOID, 3, 0.4) or DMC[:3]
+        fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
+    if args.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # MJX puts its constants on the default device
+    try:
+        devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
+    except RuntimeError as error:
+        fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
+    values = {"impl": "warp" if devices[0].platform == "gpu" else "jax"} | SUITE["dmc" if args.env_id in DMC else "humanoid"]
+    values |= PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
+    size = values["num_envs"] * values["num_steps"]
+    args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
+    may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
+    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
+    shards, split = max(args.num_devices * jax.process_count(), 1), ("--num-envs", "--minibatch-size", "--num-eval-envs")
+    rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
+        (args.seed >= 0 and args.ode_score_scale >= 0, "--seed and --ode-score-scale must not be negative"),
+        (0 <= args.gamma < 1 and 0 <= args.td_lambda <= 1, "--gamma must lie in [0, 1) and --td-lambda in [0, 1]"),
+        (args.v_min < args.v_max and args.num_atoms > 1, "the critic needs --v-min < --v-max and --num-atoms > 1"),
+        (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
+        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
+         f"--num-envs x --num-steps = {args.batch_size}"),
+        (args.num_devices <= len(devices), f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here; on a CPU, "
+         f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more"),
+        (args.impl != "warp" or shards == 1, "--impl warp trains on one device only; use --impl jax"),
+        *((numbers[k] % shards == 0, f"{k} {numbers[k]} does not divide over {shards} devices") for k in split)]
+    for message in (message for holds, message in rules if not holds):
+        fail(message)
+    return args
+# --------------------------------------------------------------------------- environments and their observations
+Agent = namedtuple("Agent", "args env time_limit mesh")  # what stays constant while training; compiled programs close over it
+# E environments: Playground's states, those that follow an end, steps towards the time-out, steps and rewards since a reset.
+EnvState = namedtuple("EnvState", "sim reset_to clock length total")  # clock and length differ in the first episode only
+# A rollout, leaves (T, E, ...): raw observations, clipped actions (A,), true next observations, and which episodes seen whole
+# ended here, with their returns and lengths.
+Transition = namedtuple("Transition", "observation action reward terminated truncated next_observation episode")
+
+def make_agent(args: Args) -> Agent:
+    """Load a Playground task and lay out the devices. Exits with code 2 if the task's meshes can't be had."""
+    meshes = pathlib.Path(util.find_spec("mujoco_playground").origin).parent / "external_deps" / "mujoco_menagerie"
+    try:
+        if args.env_id in HUMANOID and not meshes.exists():  # Playground is slow to import, then clones: can it?
+            socket.create_connection(("github.com", 443), timeout=2).close()
+        mujoco, registry = import_module("mujoco"), import_module("mujoco_playground").registry
+        # Playground 0.2.0 compares versions as texts and takes MuJoCo 3.10 to 3.17 for ones that had this name (Reacher).
+        mujoco.MjSpec.find_body = mujoco.MjSpec.body
+        env = registry.load(args.env_id, config_overrides={"impl": args.impl})
+    except (OSError, subprocess.CalledProcessError) as error:
+        fail(f"{args.env_id} needs meshes that cannot be downloaded ({error}); in advance, "
+             f"git clone https://github.com/google-deepmind/mujoco_menagerie and copy or link it to {meshes}")
+    used = [device for i, device in enumerate(jax.devices()) if i % jax.local_device_count() < args.num_devices]
+    return Agent(args, env, registry.get_default_config(args.env_id).episode_length, jax.sharding.Mesh(used, ("env",)))
+
+def views(observation: Any) -> tuple[Array, Array]:
+    """What actor and critic see; tasks with privileged information keep it from the actor."""
+    return (observation["state"], observation["privileged_state"]) if isinstance(observation, dict) else (observation,) * 2
+
+def over_envs(agent: Agent, function: Any, *inputs: Any) -> Any:
+    """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments."""
+    call = jax.vmap(function)
+    if agent.mesh.size > 1:  # Warp's programs cannot be mapped over seeds around a shard_map
+        call = jax.shard_map(call, mesh=agent.mesh, in_specs=P("env"), out_specs=P("env"), check_vma=False)
+    sim = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
+    return sim.replace(reward=jnp.where((sim.done > 0) & jnp.isnan(sim.reward), 0.0, sim.reward))  # Playground ends what is NaN
+
+def env_reset(agent: Agent, key: Array) -> EnvState:
+    """Start the training environments, their clocks spread over an episode so that time-outs do not coincide."""
+    (sim_key, clock_key), zeros = jax.random.split(key), jnp.zeros(agent.args.num_envs)
+    sim = over_envs(agent, agent.env.reset, jax.random.split(sim_key, zeros.size))
+    return EnvState(sim, sim, jax.random.randint(clock_key, zeros.shape, 0, agent.time_limit), zeros.astype(int), zeros)
+
+def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tuple]:
+    """Step, end and restart episodes; returns the new state and Transition's fields from reward on."""
+    sim = over_envs(agent, agent.env.step, env.sim, action)
+    clock, length, total, terminated = env.clock + 1, env.length + 1, env.total + sim.reward, sim.done > 0
+    done = terminated | (clock >= agent.time_limit)
+    def restart(initial: Array, now: Array) -> Array:  # some of MuJoCo Warp's buffers are shared between environments
+        return now if now.shape[:1] != done.shape else jnp.where(done.reshape(-1, *[1] * (now.ndim - 1)), initial, now)
+    outcome = (sim.reward, terminated, done & ~terminated, sim.obs, (done & (length == clock), total, length))
+    sim, counters = jax.tree.map(restart, env.reset_to, sim), (jnp.where(done, 0, x) for x in (clock, length, total))
+    return EnvState(sim, env.reset_to, *counters), outcome
+
+Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
+def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
+    """Merge observations, leaves (T, E, .), into the moments: Welford's update for batches (Chan et al., 1979)."""
+    n, m = statistics.count, np.prod(jax.tree.leaves(observations)[0].shape[:2])
+    def merge(x: Array, old: Array) -> Array:
+        delta, weight = x.mean((0, 1)) - old[0], m / (n + m)
+        return jnp.stack([old[0] + weight * delta, (1 - weight) * (old[1] + weight * delta**2) + weight * x.var((0, 1))])
+    return Statistics(n + m, jax.tree.map(merge, observations, statistics.moments))
+
+def normalize(statistics: Statistics, observation: Any) -> Any:
+    """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
+    return jax.tree.map(lambda x, s: jnp.clip((x - s[0]) / jnp.sqrt(s[1] + 1e-2), -10, 10), observation, statistics.moments)
+# -------------------------------------------------------------------------------------------------------- networks
+class Actor(nnx.Module):
+    """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
+    def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
+        self.num_steps, self.prior_std, self.learn_friction = args.num_diffusion_steps, args.prior_std, args.learn_friction
+        linear, width = functools.partial(nnx.Linear, rngs=rngs), args.hidden_dim
+        self.time_mlp = nnx.List([linear(TIME_FEATURES, TIME_FEATURES) for _ in range(2)])
+        self.input = linear(observation_size + action_size + TIME_FEATURES, width)
+        self.norms = nnx.List([nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs) for _ in range(3)])
+        self.hidden = nnx.List([linear(width, width) for _ in range(3)])
+        self.output = linear(width, action_size, kernel_init=nnx.initializers.zeros)  # untrained: the prior's own process
+        self.raw_friction = nnx.Param(jnp.full(action_size, np.log(np.e - 1)))  # softplus makes it 1
+    def step_sizes(self) -> Array:
+        """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
+        n = jnp.arange(1, self.num_steps + 1)[:, None] / self.num_steps
+        cosine = jnp.cos(jnp.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
+        raw = self.raw_friction[...] if self.learn_friction else jax.lax.stop_gradient(self.raw_friction[...])
+        return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / nnx.softplus(raw)
+    def embed(self, observation: Array) -> tuple[Array, Array]:
+        """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
+        angle = jnp.arange(1, self.num_steps + 1)[:, None] * 10000.0 ** -jnp.arange(0, 1, 2 / TIME_FEATURES)
+        hidden = nnx.gelu(self.time_mlp[0](jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)))
+        time, kernel = self.time_mlp[1](hidden), self.input.kernel[...]
+        return observation @ kernel[:observation.shape[-1]] + self.input.bias[...], time @ kernel[-TIME_FEATURES:]
+    def __call__(self, state: Array, time: Array, latent: Array) -> Array:
+        """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
+        x = state + time + latent @ self.input.kernel[-TIME_FEATURES - latent.shape[-1]:-TIME_FEATURES]
+        for norm, hidden in zip(self.norms, self.hidden, strict=True):
+            x = x + nnx.gelu(hidden(norm(x)))
+        return self.output(x)
+
+class Critic(nnx.Module):
+    """Categorical distributions of the return, whose mean is Q(s, u)."""
+    def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
+        sizes, width = [observation_size + action_size] + [args.hidden_dim] * 2, args.hidden_dim
+        self.hidden = nnx.List([nnx.Linear(size, width, rngs=rngs) for size in sizes])
+        self.norms = nnx.List([nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs) for _ in sizes])
+        self.output = nnx.Linear(width, args.num_atoms, rngs=rngs)
+        self.output.bias[...] = PRIOR_LOGITS * hl_gauss(args, jnp.zeros(()))
+    def __call__(self, observation: Array, action: Array) -> Array:
+        """Logits (B, atoms)."""
+        x = jnp.concatenate([observation, action], -1)
+        for hidden, norm in zip(self.hidden, self.norms, strict=True):
+            x = nnx.silu(norm(hidden(x)))
+        return self.output(x)
+# ------------------------------------------------------------------------------------------------- diffusion chain
+# Chains for B states: u = tanh(a^0) (B, A), a sample of l (B,), a^1 ... a^N and the means of a^0 ... a^(N-1) (B, N, A).
+Chain = namedtuple("Chain", "action entropy_bound latents means")
+def sample_chain(actor: Actor, observation: Array, noise: Array, unroll: bool = False) -> Chain:
+    """Sample the policy, reparameterised: observations (B, .), standard normals (N + 1, B, A), noise[n] for a^n."""
+    (state, time), h, prior_std = actor.embed(observation), actor.step_sizes()[:, None], actor.prior_std
+    def denoise(latent: Array, step: tuple) -> tuple[Array, tuple]:
+        h, time_n, xi = step
+        mean = latent + h * (actor(state, time_n, latent) - latent / prior_std**2)  # Eq. 186, discretising Eq. 5
+        return mean + jnp.sqrt(2 * h) * xi, (latent, mean)  # Eq. 31
+    last, (latents, means) = jax.lax.scan(denoise, prior_std * noise[-1], (h, time, noise[:-1]), reverse=True, unroll=unroll)
+    # Densities of a^n under the noising and of a^(n-1) under the generative kernel; equal variances, so normalisers cancel.
+    later = jnp.concatenate([last[None], latents[:-1]])
+    noising = (latents - later * (1 - h / prior_std**2)) ** 2 / (2 * h)  # Eq. 6, discretising Eq. 4
+    log_ratio = 0.5 * (noise[:-1] ** 2 - noising).sum(0)
+    prior = -0.5 * noise[-1] ** 2 - jnp.log(prior_std * jnp.sqrt(2 * jnp.pi))
+    tanh_log_det = 2 * (jnp.log(2.0) - last - nnx.softplus(-2 * last))  # of 1 - tanh^2; finite where tanh rounds to 1
+    bound = log_ratio - prior + tanh_log_det  # Eq. 117, Eq. 180 (E1: its sign)
+    return Chain(jnp.tanh(last), bound.sum(-1), jnp.moveaxis(latents, 0, 1), jnp.moveaxis(means, 0, 1))
+
+def ode_action(actor: Actor, observation: Array, noise: Array, score_scale: float) -> Array:
+    """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
+    state, time = actor.embed(observation)
+    def flow(latent: Array, step: tuple) -> tuple[Array, None]:
+        h, time_n = step
+        score = -latent / actor.prior_std**2 + actor(state, time_n, latent) / 2
+        return latent + h * (latent / actor.prior_std**2 + 2 * score_scale * score), None  # Eq. 185, Eq. 187
+    return jnp.tanh(jax.lax.scan(flow, actor.prior_std * noise, (actor.step_sizes(), time), reverse=True)[0])
+
+def trajectory_kl(actor: Actor, observation: Array, latents: Array, means: Array, old_h: Array) -> Array:
+    """c(s), (B,): closed-form KL of old trajectories from the actor's, on old chains (B, N, A) with step sizes old_h (N, A)."""
+    (state, time), h = actor.embed(observation), actor.step_sizes()  # the prior's KL is 0, and tanh changes nothing
+    new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
+    kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
+    return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
+# ---------------------------------------------------------------------------------------------- critic and targets
+def hl_gauss(args: Args, returns: Array) -> Array:
+    """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
+    width = (args.v_max - args.v_min) / (args.num_atoms - 1)
+    edges = jnp.linspace(args.v_min - width / 2, args.v_max + width / 2, args.num_atoms + 1)
+    cdf = jax.scipy.special.ndtr((edges - jnp.clip(returns, args.v_min, args.v_max)[..., None]) / (HL_GAUSS_SIGMA * width))
+    return jnp.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
+
+def q_value(args: Args, logits: Array) -> Array:
+    """Q (...) of the critic's logits (..., atoms)."""
+    return nnx.softmax(logits) @ jnp.linspace(args.v_min, args.v_max, args.num_atoms)
+
+def lambda_returns(args: Args, reward: Array, terminated: Array, truncated: Array, value: Array, bonus: Array) -> Array:
+    """Soft lambda-returns, everything (T, E); `value` is Q and `bonus` alpha l at the true next observations."""
+    bootstrap = truncated.at[-1].set(True)  # at a time-out and where the rollout ends
+    def step(later: Array, now: tuple) -> tuple[Array, Array]:
+        reward, terminated, bootstrap, value, bonus = now
+        mixture = jnp.where(bootstrap, value, (1 - args.td_lambda) * value + args.td_lambda * later)
+        # Chosen, not multiplied by 0: a simulation that has become NaN ends, and its last value is NaN.
+        target = reward + args.gamma * jnp.where(terminated, 0.0, bonus + mixture)  # Eq. 118, Eq. 179 (E2, E12)
+        return target, target
+    return jax.lax.scan(step, jnp.zeros_like(value[-1]), (reward, terminated, bootstrap, value, bonus), reverse=True)[1]
+# ------------------------------------------------------------------------------------------------ losses, learning
+Learner = namedtuple("Learner", "actor critic duals actor_opt critic_opt dual_opt")  # all that learns; networks are pytrees
+# B states: normalised observations of both networks, and from the rollout actions and lambda-returns.
+Batch = namedtuple("Batch", "seen_by_actor seen_by_critic action target")
+def optimizers(args: Args) -> list[optax.GradientTransformation]:
+    """Adam for actor, critic and duals; the first two clip their gradients' global norms."""
+    rates, clip = (args.actor_learning_rate, args.critic_learning_rate), optax.clip_by_global_norm(args.max_grad_norm)
+    return [*(optax.chain(clip, optax.adam(rate)) for rate in rates), optax.adam(args.dual_learning_rate)]
+
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
+    """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
+    return optax.softmax_cross_entropy(critic(batch.seen_by_critic, batch.action), hl_gauss(args, batch.target)).mean()
+
+def actor_loss(actor: Actor, args: Args, critic: Critic, duals: dict, batch: Batch, noise: Array) -> tuple:
+    """The loss, and l of every state (B,); noise is (N + 1, B, A)."""
+    chain = sample_chain(actor, batch.seen_by_actor, noise, unroll=True)  # as a loop its gradient is 3x slower on a CPU
+    q = q_value(args, critic(batch.seen_by_critic, chain.action))
+    loss = -jnp.exp(duals["log_alpha"]) * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
+    return loss.mean(), chain.entropy_bound
+
+def dual_loss(duals: dict, args: Args, bound: Array, action_size: int) -> Array:
+    """Alpha falls while the policy is noisier than its target."""
+    return jnp.exp(duals["log_alpha"]) * (bound.mean() + args.target_entropy_scale * action_size)  # Eq. 183 (E4)
+
+def update_minibatch(agent: Agent, learner: Learner, batch: Batch, key: Array) -> tuple[Learner, dict]:
+    """One gradient step each of critic, actor and duals."""
+    args, (actor_opt, critic_opt, dual_opt) = agent.args, optimizers(agent.args)
+    noise = jax.random.normal(key, (args.num_diffusion_steps + 1, *batch.action.shape))
+    def descend(optimizer: Any, moments: Any, loss: Callable, parameters: Any, *inputs: Any, has_aux: bool = False) -> tuple:
+        value, gradient = jax.value_and_grad(loss, has_aux=has_aux)(parameters, args, *inputs)
+        update, moments = optimizer.update(gradient, moments)
+        return value, optax.apply_updates(parameters, update), moments
+    value, critic, critic_opt = descend(critic_opt, learner.critic_opt, critic_loss, learner.critic, batch)
+    (loss, bound), actor, actor_opt = descend(
+        actor_opt, learner.actor_opt, actor_loss, learner.actor, critic, learner.duals, batch, noise, has_aux=True)
+    _, duals, dual_opt = descend(dual_opt, learner.dual_opt, dual_loss, learner.duals, bound, batch.action.shape[-1])
+    metrics = {"losses/critic": value, "losses/actor": loss, "entropy/bound": bound.mean()}
+    return Learner(actor, critic, duals, actor_opt, critic_opt, dual_opt), metrics
+
+def learn(agent: Agent, learner: Learner, data: Batch, key: Array) -> tuple[Learner, dict[str, Array]]:
+    """All epochs of shuffled minibatches; metrics are means over the last epoch."""
+    args, sharding = agent.args, NamedSharding(agent.mesh, P("env"))
+    def minibatch(learner: Learner, step: tuple[Array, Array]) -> tuple[Learner, dict]:
+        batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[step[0]], sharding), data)
+        return update_minibatch(agent, learner, batch, step[1])
+    order_key, noise_key = jax.random.split(key)
+    shuffle = jax.vmap(lambda key: jax.random.permutation(key, args.batch_size))
+    order = shuffle(jax.random.split(order_key, args.num_epochs)).reshape(-1, args.minibatch_size)
+    learner, metrics = jax.lax.scan(minibatch, learner, (order, jax.random.split(noise_key, len(order))))
+    return learner, jax.tree.map(lambda x: x[-len(order) // args.num_epochs:].mean(), metrics)
+# ---------------------------------------------------------------------------------------- iteration and evaluation
+TrainState = namedtuple("TrainState", "learner statistics env key iteration")  # everything that a checkpoint holds
+def init_state(agent: Agent, key: Array) -> TrainState:
+    """Networks, duals, Adam, statistics and environments of one run, from its seed's key."""
+    actor_key, critic_key, env_key, key = jax.random.split(key, 4)
+    env = env_reset(agent, env_key)
+    actor, critic = (kind(agent.args, seen.shape[-1], agent.env.action_size, nnx.Rngs(k))
+                     for kind, seen, k in zip((Actor, Critic), views(env.sim.obs), (actor_key, critic_key), strict=True))
+    duals = {"log_alpha": jnp.log(INITIAL_DUAL)}
+    moments = [o.init(p) for o, p in zip(optimizers(agent.args), (actor, critic, duals), strict=True)]
+    statistics = Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.shape[-1])), env.sim.obs))
+    return TrainState(Learner(actor, critic, duals, *moments), statistics, env, key, jnp.zeros((), int))
+
+def sample_policy(agent: Agent, actor: Actor, observation: Array, key: Array) -> Chain:
+    """Chains of the actor at normalised observations (B, .)."""
+    shape = (agent.args.num_diffusion_steps + 1, len(observation), agent.env.action_size)
+    return sample_chain(actor, observation, jax.random.normal(key, shape))
+
+def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, key: Array) -> tuple[EnvState, Transition]:
+    """Act for T steps with samples of the policy. Episodes start from a queue of states, into which as
+    many new ones are shifted as a rollout's time-outs take out: a reset can cost as much as 200 steps (CheetahRun's does)."""
+    num_envs, key, reset_key = agent.args.num_envs, *jax.random.split(key)
+    count = min(num_envs, -(-num_envs * agent.args.num_steps // agent.time_limit))
+    new = jax.vmap(agent.env.reset)(jax.random.split(reset_key, count))
+    queue = jax.tree.map(lambda x, y: jnp.concatenate([x[count:], y]) if x.shape[:1] == (num_envs,) else x, env.reset_to, new)
+    def step(env: EnvState, key: Array) -> tuple[EnvState, Transition]:
+        chain = sample_policy(agent, actor, views(normalize(statistics, env.sim.obs))[0], key)
+        action = jnp.clip(chain.action, -ACTION_LIMIT, ACTION_LIMIT)
+        after, outcome = env_step(agent, env, action)
+        return after, Transition(env.sim.obs, action, *outcome)
+    return jax.lax.scan(step, env._replace(reset_to=queue), jax.random.split(key, agent.args.num_steps))
+
+def critic_targets(agent: Agent, learner: Learner, data: Transition, next_seen: tuple[Array, Array], key: Array) -> Array:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation, normalised for both networks."""
+    def next_value(step: tuple) -> tuple[Array, Array]:
+        (seen_by_actor, seen_by_critic), key = step
+        action, bound, *_ = sample_policy(agent, learner.actor, seen_by_actor, key)
+        return q_value(agent.args, learner.critic(seen_by_critic, action)), jnp.exp(learner.duals["log_alpha"]) * bound
+    value, bonus = jax.lax.map(next_value, (next_seen, jax.random.split(key, agent.args.num_steps)))
+    return lambda_returns(agent.args, data.reward, data.terminated, data.truncated, value, bonus)
+
+def improve(agent: Agent, old: Learner, data: Transition, seen: tuple, next_seen: tuple, keys: Array) -> tuple[Learner, dict]:
+    """Learn from a rollout, whose observations and true next ones are given as both networks see them, normalised."""
+    args, (target_key, learn_key, check_key) = agent.args, keys
+    target = critic_targets(agent, old, data, next_seen, target_key)
+    batch = Batch(*(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in (*seen, data.action, target)))
+    learner, metrics = learn(agent, old, batch, learn_key)
+    # The KL of the whole iteration on as many states as a minibatch has, on chains of the old policy.
+    row_key, noise_key = jax.random.split(check_key)
+    some = batch.seen_by_actor[jax.random.permutation(row_key, args.batch_size)[:args.minibatch_size]]
+    chain = sample_policy(agent, old.actor, some, noise_key)
+    kl = trajectory_kl(learner.actor, some, chain.latents, chain.means, old.actor.step_sizes())
+    return learner, metrics | {"entropy/alpha": jnp.exp(learner.duals["log_alpha"]), "trust_region/fresh_kl": kl.mean(),
+                               "critic/target": target.mean(),
+                               "entropy/friction": nnx.softplus(learner.actor.raw_friction[...]).mean(),
+                               "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).mean()}
+
+def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    """One iteration: rollout, targets, epochs of updates, observation statistics."""
+    rollout_key, *keys, key = jax.random.split(state.key, 5)
+    env, data = rollout(agent, state.learner.actor, state.statistics, state.env, rollout_key)
+    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics that
+    # it is learned from with. Later ones take effect in the next rollout: stored means belong to the present ones (E13).
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = jax.tree.map(lambda new, now: jnp.where(state.iteration == 0, new, now), merged, state.statistics)
+    seen, next_seen = (views(normalize(statistics, x)) for x in (data.observation, data.next_observation))
+    learner, metrics = improve(agent, state.learner, data, seen, next_seen, keys)
+    ended, total, length = data.episode
+    metrics |= {"charts/simulator_nans": jnp.isnan(next_seen[0]).any(-1).sum(), "charts/episodes": ended.sum(),
+                "charts/episodic_return": total.mean(where=ended), "charts/episodic_length": length.mean(where=ended)}
+    return TrainState(learner, merged, env, key, state.iteration + 1), metrics
+
+def evaluation_action(agent: Agent, learner: Learner, seen: tuple[Array, Array], key: Array) -> Array:
+    """Actions (B, A) as --eval-mode says, at normalised observations as actor and critic see them."""
+    if agent.args.eval_mode == "ode":
+        noise = jax.random.normal(key, (len(seen[0]), agent.env.action_size))
+        return ode_action(learner.actor, seen[0], noise, agent.args.ode_score_scale)
+    keys = jax.random.split(key, agent.args.best_of_k if agent.args.eval_mode == "best-of-k" else 1)
+    actions = jax.vmap(lambda key: sample_policy(agent, learner.actor, seen[0], key).action)(keys)
+    q = jax.vmap(lambda action: q_value(agent.args, learner.critic(seen[1], action)))(actions)
+    return jnp.take_along_axis(actions, q.argmax(0)[None, :, None], 0)[0]
+
+def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
+    """An episode in each evaluation environment: metrics and, for a video, the first one's poses and if it went on (T, ...)."""
+    reset_key, key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training never folds in so large a number
+    def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
+        sim, alive, total, length = carry
+        action = evaluation_action(agent, state.learner, views(normalize(state.statistics, sim.obs)), key)
+        sim = over_envs(agent, agent.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
+        pose = Pose(*(getattr(sim.data, name)[0] for name in Pose._fields)) if agent.args.capture_video else None
+        return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
+    zeros = jnp.zeros(agent.args.num_eval_envs)
+    sim = over_envs(agent, agent.env.reset, jax.random.split(reset_key, zeros.size))
+    (_, _, total, length), frames = jax.lax.scan(step, (sim, zeros == 0, zeros, zeros), jax.random.split(key, agent.time_limit))
+    return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
+            "eval/episodic_length": length.mean()}, frames
+# -------------------------------------------------------------------------------------- run folder and checkpoints
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
+    """Write the whole training state, in NumPy arrays, and the seconds that it took; keep the last three."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(run.resolve() / "checkpoints", options=options) as manager:  # it never reads unfinished ones
+        manager.save(step, args=ocp.args.PyTreeSave({"state": named_leaves(state), "wall_time": np.float64(wall_time)}))
+
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
+    try:
+        options = ocp.CheckpointManagerOptions(read_only=True)  # a run that still goes on is left alone
+        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True), options=options) as manager:
+            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
+
+def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
+    """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run's state."""
+    expected, found = ({name: (x.shape, x.dtype) for name, x in d.items()} for d in (named_leaves(shapes), arrays))
+    if wrong := sorted(dict(found.items() ^ expected.items())):
+        fail(f"the checkpoint is not of this run: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+    content = iter([arrays[name] for name in expected])
+    return jax.tree.map(lambda x: next(content) if x.size else np.zeros(x.shape, x.dtype), shapes)
+
+def check_renderer() -> None:
+    """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
+    try:
+        mujoco = import_module("mujoco")
+        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
+    except Exception as error:  # each GL library has its own, some while mujoco is imported
+        fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
+
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
+    device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {os.cpu_count()} cores"
+    return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
+            "versions": {d.name: d.version for d in metadata.distributions()}}
+
+def open_run(folder: pathlib.Path, args: Args) -> None:
+    """Make the run's folder with args.json in it; start Weights & Biases, which copies what TensorBoard gets."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
+    if args.track:
+        import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+                                    name=folder.name, dir=str(folder), sync_tensorboard=True)
+
+def open_log(folder: pathlib.Path, step: int) -> Callable:
+    """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
+    path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+    path.touch()  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
+    lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+    os.truncate(path, sum(map(len, lines)))
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+    return log
+# -------------------------------------------------------------------------------------------------------- training
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, they start from those of that run."""
+    args = tyro.cli(Args)
+    run = args.resume or args.evaluate
+    if not run:
+        return resolve(args)
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        own = Args(**saved["args"] | {"resume": None, "evaluate": None})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+    args = tyro.cli(Args, default=own)
+    for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
+        if getattr(args, name) != value:
+            fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
+    return resolve(args)
+
+def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
+    """The training state of all seeds, new or a checkpoint's, laid out on the devices; `iterate` and `evaluate` compiled."""
+    whole, split = NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P(None, "env"))
+    init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
+    keys = np.stack([jax.random.PRNGKey(agent.args.seed + k) for k in range(agent.args.num_seeds)])
+    shapes = jax.eval_shape(init, keys)
+    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, shapes.env)
+    shardings = jax.tree.map(lambda _: whole, shapes)._replace(env=env)
+    init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})  # it runs only once
+    state = jax.device_put(fill_state(shapes, saved["state"]), shardings) if saved else init(keys)
+    judge = jax.jit(judge, out_shardings=whole).lower(state).compile()
+    run = jax.jit(run, out_shardings=(shardings, whole), donate_argnums=0)
+    return state, None if agent.args.evaluate else run.lower(state).compile(), judge
+
+def run_evaluation(agent: Agent, judge: Any, state: TrainState, folder: str | pathlib.Path) -> dict:
+    """Evaluate every seed; with --capture-video, draw the first one's episode to an mp4 of at most 30 frames a second."""
+    metrics, (poses, alive) = jax.device_get(judge(state))
+    if agent.args.capture_video and jax.process_index() == 0:
+        mediapy, ffmpeg = import_module("mediapy"), import_module("imageio_ffmpeg")
+        mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
+        stride, frame = int(np.ceil(1 / (30 * agent.env.dt))), namedtuple("Frame", "data")
+        states = [frame(Pose(*(x[0, t] for x in poses))) for t in range(0, int(alive[0].sum()), stride)]
+        path = pathlib.Path(folder, "videos", f"step_{int(jax.device_get(state.iteration)[0]) * agent.args.batch_size}.mp4")
+        path.parent.mkdir(exist_ok=True)
+        mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
+    return metrics
+
+def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: float) -> int:
+    """The training loop; returns the process's exit code."""
+    args, received = agent.args, []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
+        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
+    done, now = int(jax.device_get(state.iteration)[0]), int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
+    folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{now}")
+    folders = [folder / f"seed_{args.seed + k}" for k in range(args.num_seeds)] if args.num_seeds > 1 else [folder]
+    if first := jax.process_index() == 0:
+        open_run(folder, args)
+    logs = [open_log(path, done * args.batch_size) for path in folders if first]
+    started, code = time.perf_counter() - wall_time, 0
+    while done < args.num_iterations and not code:
+        began = time.perf_counter()
+        state, metrics = iterate(state)
+        metrics = jax.device_get(metrics)
+        metrics["charts/SPS"] = np.full(args.num_seeds, args.batch_size / (time.perf_counter() - began))
+        done, step = done + 1, (done + 1) * args.batch_size
+        finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith(("losses", "trust")))
+        if finite and (done == args.num_iterations or done % args.eval_interval == 0):
+            metrics |= run_evaluation(agent, judge, state, folder)
+        for k, log in enumerate(logs):  # a rollout in which no episode ended has no mean return or length
+            log(step, time.perf_counter() - started, {name: float(x[k]) for name, x in metrics.items()
+                if metrics["charts/episodes"][k] > 0 or not name.startswith("charts/episodic")})
+        eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
+        print(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  ETA {eta:.1f} min",
+              *metrics.get("eval/episodic_return", ()), sep="  ", flush=True)
+        code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max()) if finite else 1
+        if not finite:
+            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
+        if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
+            whole = multihost_utils.process_allgather(state, tiled=True)
+            save_checkpoint(folder if finite else folder / "diverged", whole, step, time.perf_counter() - started)
+    print(folder)
+    return code
+
+def main() -> None:
+    """Parse, compile, then train, resume or evaluate."""
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:  # the only one of its variables that JAX itself reads outside of a cluster
+        jax.distributed.initialize(**{x: int(os.environ[f"JAX_{x.upper()}"]) for x in ("num_processes", "process_id")})
+        # MJX would put its constants on the first host's device, where the others cannot read them.
+        import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
+    args = parse()
+    saved = read_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
+    if args.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
+    if args.capture_video:
+        check_renderer()
+    print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
+    agent, began = make_agent(args), time.perf_counter()
+    state, iterate, judge = prepare(agent, saved)
+    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    if not args.evaluate:
+        sys.exit(train(agent, iterate, judge, state, float(saved.get("wall_time", 0.0))))
+    print(json.dumps({name: x.tolist() for name, x in run_evaluation(agent, judge, state, args.evaluate).items()}))
+
+if __name__ == "__main__":
+    main()
