@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmark.runs import NOT_SEARCHED, Run, events, find_runs, furthest
-from benchmark.tasks import SUITES, task_of, tasks_of
+from benchmark.tasks import ALGORITHMS, SUITES, algorithm_of, task_of, tasks_of
 
 OTHER = "other"  # suite of tasks that are not of the 73
 VARIANT = re.compile(r"(?P<base>.+)-(?P<kind>epsilon|denoising|wall-clock)(-(?P<hours>[\d.]+)h)?-(?P<value>[\d.]+)")
@@ -32,7 +32,7 @@ class Outcome:
     last_step: int = 0  # of the log
     last_hours: float = 0.0
     success: float = np.nan  # share of successful episodes in the last evaluation, where the task tells
-    paper_sizes: bool = False  # whether environments, horizon and width are those of Table 5
+    paper_sizes: bool = False  # whether environments, horizon and width are those of Table 5, and the script is TruDi's
     device: str = ""
     folder: str = ""
 
@@ -57,7 +57,8 @@ def outcomes_of(run: Run, group: str, metric: str, superseded: bool) -> list[Out
     """One outcome for each seed of a run."""
     task, found, state = task_of(run.script, run.args["env_id"]), [], state_of(run, superseded)
     suite, env_id = (task.suite, task.env_id) if task else (OTHER, run.args["env_id"])
-    sizes = task and all(run.args[name] == getattr(task.settings, name) for name in ("num_envs", "num_steps", "hidden_dim"))
+    names = ("num_envs", "num_steps", "hidden_dim") if task and run.script == task.script else ()
+    sizes = names and all(run.args[name] == getattr(task.settings, name) for name in names)
     for seed, path in run.logs.items():
         log = events(path)
         own = [event for event in log if metric in event]
@@ -70,8 +71,10 @@ def outcomes_of(run: Run, group: str, metric: str, superseded: bool) -> list[Out
     return found
 
 def group_of(run: Run, group_by: str) -> str:
-    """The group of a run: the folder that it is in, or an argument's value."""
-    return run.folder.parent.name if group_by == "folder" else str(run.args.get(group_by, "?"))
+    """The group of a run: the folder that it is in, or an argument's value, and a baseline's algorithm unless that says it."""
+    algorithm = algorithm_of(run.script)
+    name = run.folder.parent.name if group_by == "folder" else str(run.args.get(group_by, "?"))
+    return f"{algorithm}-{name}" if algorithm in ALGORITHMS[1:] and not name.startswith(algorithm) else name
 
 def read_outcomes(sources: Iterable[str], metric: str, group_by: str) -> list[Outcome]:
     """The outcomes of all runs in these folders. Of several runs of the same group, task and seeds the furthest counts; the

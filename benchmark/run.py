@@ -3,6 +3,7 @@
     python -m benchmark.run --suite dmc --seeds 10                        # one process on each GPU of this machine
     python -m benchmark.run --suite all --slurm --slurm-hours 8           # the same as a job array
     python -m benchmark.run --tasks CheetahRun WalkerWalk --seeds 3 --workers 2 --flags="--preset cpu"
+    python -m benchmark.run --suite dmc --algorithm reppo --seeds 10      # one of benchmark/baselines
     python -m benchmark.run --ablation epsilon --tasks CheetahRun --seeds 3 --flags="--preset cpu"
 
 The same command again skips what is finished and continues what was interrupted; Ctrl-C lets every run write a checkpoint
@@ -23,7 +24,7 @@ from benchmark import slurm
 from benchmark.local import Machine, run_locally
 from benchmark.runs import find_runs
 from benchmark.sweep import State, Unit, assess, command, conflict, fail, given_values
-from benchmark.tasks import SUITES, Task, constants, tasks_of
+from benchmark.tasks import ALGORITHMS, ROOT, SUITES, Task, constants, place_of, tasks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +48,15 @@ class Options:
 
     suite: Literal["dmc", "humanoid", "maniskill", "humanoidbench", "isaaclab", "all"] | None = None  # whose tasks
     tasks: tuple[str, ...] = ()  # only these of them; without --suite, of all
+    algorithm: Literal["trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo"] = "trudi"  # what trains
     seeds: int = 10  # runs of each task, with seeds from 1
-    name: str = "trudi"  # the sweep's; part of the run folders' names
+    name: str | None = None  # the sweep's; part of the run folders' names; default: the algorithm's
     flags: str = ""  # further flags of the scripts, as in --flags="--preset cpu"
     log_dir: str = "runs"  # parent of the run folders, of logs/ and of evaluations/
     ablation: Literal["epsilon", "denoising", "evaluation", "wall-clock"] | None = None  # vary this; default suite: the paper's
     values: tuple[str, ...] = ()  # of what the ablation varies; default: the paper's
     hours: float = 2.5  # that every run of --ablation wall-clock may take
-    vmap_seeds: int = 1  # seeds that one process of trudi_mjx.py trains side by side
+    vmap_seeds: int = 1  # seeds that one process trains side by side, on Playground
     workers: int | None = None  # processes at a time; default: one for each GPU, or one on a CPU; with --slurm: no limit
     python: tuple[str, ...] = ()  # SUITE=INTERPRETER, where one is not this process's
     status_interval: float = 60.0  # seconds between status tables
@@ -78,11 +80,19 @@ def chosen_tasks(options: Options) -> list[Task]:
     suite = options.suite or ("all" if options.tasks else options.ablation and ABLATIONS[options.ablation].suite)
     if not suite:
         fail(f"name a --suite ({', '.join(SUITES)} or all), --tasks or an --ablation")
-    tasks = {task.env_id: task for task in tasks_of(SUITES if suite == "all" else [suite])}
+    tasks = {task.env_id: task for task in tasks_of(SUITES if suite == "all" else [suite], options.algorithm)}
     for unknown in (name for name in options.tasks if name not in tasks):
         near = difflib.get_close_matches(unknown, tasks, 3, 0.4) or list(tasks)[:3]
         fail(f"{unknown} is none of the tasks of --suite {suite}; the nearest are {', '.join(near)}")
-    return [tasks[name] for name in options.tasks or tasks]
+    chosen = [tasks[name] for name in options.tasks or tasks]
+    for task in (task for task in chosen if not (ROOT / place_of(task.script)).exists()):
+        fail(f"--algorithm {options.algorithm} has no script for {SUITES[task.suite].title}, as of {task.env_id}")
+    return chosen
+
+def sweep_name(options: Options) -> str:
+    """The sweep's name, which tells a baseline's runs from TruDi's."""
+    name, algorithm = options.name or options.algorithm, options.algorithm
+    return name if algorithm == ALGORITHMS[0] or name.startswith(algorithm) else f"{algorithm}-{name}"
 
 def evaluation_flags(value: str) -> tuple[str, ...]:
     """The flags that evaluate as sde, ode-C or best-of-K says; exits with code 2 on anything else."""
@@ -97,20 +107,20 @@ def evaluation_flags(value: str) -> tuple[str, ...]:
 
 def variants(options: Options) -> list[dict]:
     """What an ablation changes in every unit: one set of Unit's fields for each value."""
-    flags = tuple(shlex.split(options.flags))
+    flags, sweep = tuple(shlex.split(options.flags)), sweep_name(options)
     if not options.ablation:
-        return [dict(exp_name=options.name, flags=flags)]
+        return [dict(exp_name=sweep, flags=flags)]
     ablation, kind = ABLATIONS[options.ablation], options.ablation
     values = options.values or ablation.values
     if kind == "evaluation":
-        return [dict(exp_name=options.name, flags=(*flags, *evaluation_flags(value)), evaluation=value) for value in values]
+        return [dict(exp_name=sweep, flags=(*flags, *evaluation_flags(value)), evaluation=value) for value in values]
     for value in values:
         if not value.replace(".", "", 1).isdigit():
             fail(f"--values of --ablation {kind} are numbers, not {value}")
     if kind == "wall-clock":
-        name, hours = f"{options.name}-wall-clock-{options.hours:g}h", options.hours
+        name, hours = f"{sweep}-wall-clock-{options.hours:g}h", options.hours
         return [dict(exp_name=f"{name}-{value}", hours=hours, flags=(*flags, ablation.flag, value)) for value in values]
-    return [dict(exp_name=f"{options.name}-{kind}-{value}", flags=(*flags, ablation.flag, value)) for value in values]
+    return [dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value)) for value in values]
 
 def endless(unit: Unit) -> Unit:
     """A unit with a limit of hours, with ten times its steps if they are not given: far more than it can take."""
@@ -125,12 +135,13 @@ def check(options: Options, tasks: list[Task]) -> None:
     taken = own & {word.partition("=")[0] for word in flags}
     preset = given_values(flags).get("preset", "paper")
     known = all(preset in constants(task.script)["PRESET"] for task in tasks)
-    vmapped = all(task.script != "trudi_mjx" for task in tasks)
+    vmapped = any(task.script.endswith("_mjx") for task in tasks)
     rules = [(options.seeds > 0 and options.vmap_seeds > 0, "--seeds and --vmap-seeds must be positive"),
              (options.workers is None or options.workers > 0, "--workers must be positive"),
              (options.hours > 0 and options.slurm_hours > 0, "--hours and --slurm-hours must be positive"),
              (options.ablation or not options.values, "--values needs an --ablation"),
-             (options.vmap_seeds == 1 or not vmapped, "--vmap-seeds is for trudi_mjx.py, which has none of these tasks"),
+             (options.algorithm == ALGORITHMS[0] or not options.ablation, "--ablation is of TruDi, not of another --algorithm"),
+             (options.vmap_seeds == 1 or vmapped, "--vmap-seeds is for trudi_mjx.py and baselines, which lack these tasks"),
              (not taken, f"--flags must not have {' '.join(sorted(taken))}, which the sweep sets"),
              (known, f"there is no --preset {preset}")]
     for message in (message for holds, message in rules if not holds):
@@ -144,7 +155,7 @@ def plan(options: Options) -> list[Unit]:
         fail(f"--python {name}: there is no such suite")
     units = []
     for task in tasks:
-        side = options.vmap_seeds if task.script == "trudi_mjx" else 1
+        side = options.vmap_seeds if task.script.endswith("_mjx") else 1
         units += [endless(Unit(task, seed=first, num_seeds=min(side, options.seeds + 1 - first),
                                python=python.get(task.suite, sys.executable), **variant))
                   for variant in variants(options) for first in range(1, options.seeds + 1, side)]

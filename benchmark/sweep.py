@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from benchmark.runs import Run, find_runs, furthest
-from benchmark.tasks import ROOT, Task, preset_timesteps
+from benchmark.tasks import ROOT, Task, place_of, preset_timesteps
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes after a signal
 
@@ -121,7 +121,7 @@ def assess(unit: Unit, runs: Iterable[Run], log_dir: pathlib.Path) -> State:
 # ---------------------------------------------------------------------------------------------------------- command
 def command(unit: Unit, run: Run | None, log_dir: pathlib.Path) -> list[str]:
     """The command that does a unit, continuing the run that there is if it has a checkpoint."""
-    words = [unit.python, os.path.relpath(ROOT / f"{unit.task.script}.py")]
+    words = [unit.python, os.path.relpath(ROOT / place_of(unit.task.script))]
     if unit.evaluation:
         return [*words, "--evaluate", os.path.relpath(run.folder) if run else "RUN", *unit.flags]
     words += ["--env-id", unit.task.env_id, "--exp-name", unit.exp_name, "--seed", str(unit.seed)]

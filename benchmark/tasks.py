@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ALGORITHMS = ("trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo")  # all but the first in benchmark/baselines, for Playground
 CONSTANTS = ("DMC", "HUMANOID", "TASKS", "PAPER", "PRESET")  # a script's tables, in terms of literals and of each other
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Task:
 
     suite: str
     env_id: str
+    algorithm: str = "trudi"  # that trains it
 
     @property
     def script(self) -> str:
         """The script that trains it, without .py."""
-        return SUITES[self.suite].script
+        return SUITES[self.suite].script.replace("trudi", self.algorithm)
 
     @property
     def settings(self) -> Settings:
@@ -67,18 +69,26 @@ SUITES = {
     "isaaclab": Suite("trudi_isaaclab", "TASKS", "Isaac Lab", "12",
                       Settings(300_000_000, 0.97, -10.0, 10.0, 4096, 64, 512), normalized=True)}
 
+def place_of(script: str) -> str:
+    """The path of a script in the repository."""
+    return f"{script}.py" if script.startswith("trudi") else f"benchmark/baselines/{script}.py"
+
+def algorithm_of(script: str) -> str:
+    """The algorithm of a script."""
+    return script.partition("_")[0]
+
 @functools.cache
 def constants(script: str) -> dict[str, Any]:
     """A script's tables of tasks and presets by name, evaluated without importing the script and with it a simulator."""
-    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    tree = ast.parse((ROOT / place_of(script)).read_text())
     named = [node for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in CONSTANTS]
     found: dict[str, Any] = {}
     exec(compile(ast.Module(named, []), script, "exec"), found)
     return {name: found[name] for name in CONSTANTS if name in found}
 
-def tasks_of(suites: Iterable[str]) -> list[Task]:
+def tasks_of(suites: Iterable[str], algorithm: str = "trudi") -> list[Task]:
     """The tasks of these suites, in the scripts' order; Isaac Lab's have the ids of version 3.0."""
-    found = [Task(name, env_id) for name in suites for env_id in constants(SUITES[name].script)[SUITES[name].tasks]]
+    found = [Task(name, env_id, algorithm) for name in suites for env_id in constants(SUITES[name].script)[SUITES[name].tasks]]
     return [task for task in found if not task.env_id.startswith("Mjlab-")]  # which one script knows too
 
 def preset_timesteps(script: str, preset: str) -> int:
@@ -86,7 +96,9 @@ def preset_timesteps(script: str, preset: str) -> int:
     return constants(script)["PRESET"][preset]["total_timesteps"]
 
 def task_of(script: str, env_id: str) -> Task | None:
-    """The task of a run, also under Isaac Lab's ids of version 2.3; None for one that is not of the 73."""
+    """TruDi's task of a run of any algorithm, also under Isaac Lab's ids of version 2.3; None for one that is not of the 73."""
+    if algorithm_of(script) in ALGORITHMS:
+        script = script.replace(algorithm_of(script), "trudi")
     if script == "trudi_isaaclab":
         env_id = env_id.removesuffix("-v0").replace("Repose", "Reorient")
     return next((known for known in tasks_of(SUITES) if (known.script, known.env_id) == (script, env_id)), None)

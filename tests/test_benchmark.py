@@ -13,12 +13,13 @@ import stat
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 import pytest
 from sweeps import SCRIPT, write_evaluation, write_run
 
-from benchmark import local, run, sweep, tasks
+from benchmark import local, outcomes, run, sweep, tasks
 from benchmark.local import Machine
 from benchmark.runs import find_runs, furthest
 from benchmark.sweep import Unit
@@ -78,6 +79,24 @@ def test_scripts_resolve_to_table_5(suite, number, monkeypatch):
     assert tasks.preset_timesteps(task.script, "paper") == resolved.total_timesteps
 
 
+def test_algorithms_have_the_tasks_and_sizes_of_trudi():
+    assert sorted(path.stem for path in (ROOT / "benchmark" / "baselines").glob("*.py")) == sorted(
+        f"{algorithm}_mjx" for algorithm in tasks.ALGORITHMS[1:])
+    assert typing.get_args(run.Options.__annotations__["algorithm"]) == tasks.ALGORITHMS
+    trudi = tasks.tasks_of(["dmc", "humanoid"])
+    for algorithm in tasks.ALGORITHMS:
+        own = tasks.tasks_of(["dmc", "humanoid"], algorithm)
+        assert [(task.suite, task.env_id) for task in own] == [(task.suite, task.env_id) for task in trudi]
+        assert {task.script for task in own} == {f"{algorithm}_mjx"}
+        assert [tasks.task_of(task.script, task.env_id) for task in own] == trudi
+        preset = tasks.constants(f"{algorithm}_mjx")["PRESET"]["paper"]
+        settings = trudi[0].settings
+        assert {name: preset[name] for name in ("total_timesteps", "num_envs", "num_steps")} == {
+            "total_timesteps": settings.total_timesteps, "num_envs": settings.num_envs, "num_steps": settings.num_steps}
+    assert tasks.task_of("reppo_maniskill", "PickCube-v1").script == "trudi_maniskill"
+    assert tasks.task_of("another_mjx", "CheetahRun") is None
+
+
 def test_listing_tasks_imports_no_framework():
     code = ("import sys; from benchmark import run; "
             "print([x for x in ('jax', 'torch', 'gymnasium', 'mani_skill') if x in sys.modules])")
@@ -127,6 +146,21 @@ def test_sweep_runs_everything_once(fake, capsys):
     assert "4 of 4 finished" in capsys.readouterr().out
     before = logs(fake)
     assert go(fake, planned) == 0 and logs(fake) == before and len(find_runs([fake / "runs"])) == 4
+
+
+def test_algorithms_are_told_apart(fake):
+    """A baseline's sweep beside TruDi's, with and without a name that both have, in one folder."""
+    (fake / "benchmark" / "baselines").mkdir(parents=True)
+    (fake / "benchmark" / "baselines" / "reppo_mjx.py").write_text(SCRIPT)
+    sweeps = [units(fake, algorithm=algorithm, name=name) for algorithm in ("trudi", "reppo") for name in (None, "mine")]
+    for planned in sweeps:
+        assert kinds(fake, planned) == ["waiting"] * 4
+        assert go(fake, planned) == 0
+        assert kinds(fake, planned) == ["finished"] * 4
+    assert {(r.script, r.args["exp_name"]) for r in find_runs([fake / "runs"])} == {
+        ("trudi_mjx", "trudi"), ("trudi_mjx", "mine"), ("reppo_mjx", "reppo"), ("reppo_mjx", "reppo-mine")}
+    text = logs(fake)["CheetahRun__reppo__1"]
+    assert "benchmark/baselines/reppo_mjx.py --env-id CheetahRun --exp-name reppo" in text
 
 
 def test_interrupted_runs_are_continued(fake):
@@ -351,6 +385,8 @@ BAD = {
     "--tasks CheetahRu": "the nearest are CheetahRun",
     "--suite maniskill --tasks CheetahRun": "none of the tasks of --suite maniskill",
     "--suite maniskill --vmap-seeds 2": "--vmap-seeds is for trudi_mjx.py",
+    "--suite all --algorithm reppo": "--algorithm reppo has no script for ManiSkill3",
+    "--ablation epsilon --tasks CheetahRun --algorithm reppo": "--ablation is of TruDi",
     "--suite dmc --values 1": "--values needs an --ablation",
     "--suite dmc --ablation epsilon --values x": "are numbers, not x",
     "--suite dmc --ablation evaluation --values best-of-x": "are sde, ode-C or best-of-K",
@@ -595,6 +631,36 @@ def test_results_page(analyze, tmp_path):
     for name in ("tasks_dmc", "suites", "profiles", "improvement", "wall_clock"):
         assert (out / f"{name}.png").stat().st_size > 5000 and (out / f"{name}.pdf").read_bytes()[:4] == b"%PDF"
         assert f"({name}.png)" in page
+
+
+@pytest.mark.parametrize("options", [{}, dict(group_by="folder"), dict(group_by="hidden_dim")], ids=str)
+def test_algorithms_are_groups_of_their_own(analyze, tmp_path, options):
+    """Also when their --exp-name, folder or argument is the same."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    for script, values in (("trudi_mjx", [0, 30.0]), ("ppo_mjx", [0, 10.0]), ("dppo_mjx", [0, 20.0])):
+        write_run(root, "CheetahRun", 1, values, script=script, exp_name="same")
+    page = analyze(root, out=out, **options)
+    name = options.get("group_by", "same").replace("folder", "runs").replace("hidden_dim", "4")
+    groups = {name: 30.0, f"ppo-{name}": 10.0, f"dppo-{name}": 20.0}
+    rows = table(out / "runs.csv").query("state == 'finished'")
+    assert dict(zip(rows.group.astype(str), rows.final, strict=True)) == groups
+    suites = table(out / "suites.csv")
+    assert {group: own.iqm.iloc[-1] for group, own in suites.groupby(suites.group.astype(str))} == groups
+    assert set(table(out / "profiles.csv").group.astype(str)) == set(groups)
+    assert len(table(out / "improvement.csv")) == 3
+    assert all(f"| CheetahRun | {group} | 1 | {value:.1f} |" in page for group, value in groups.items())
+
+
+def test_baselines_do_not_tell_trudis_cost(tmp_path):
+    sizes = dict(num_envs=1024, num_steps=128, hidden_dim=512)
+    found = {}
+    for script in ("trudi_mjx", "reppo_mjx"):
+        folder = write_run(tmp_path / script, "CheetahRun", 1, [0, 1.0], script=script)
+        saved = json.loads((folder / "args.json").read_text())
+        (folder / "args.json").write_text(json.dumps(saved | {"args": saved["args"] | sizes}))
+        outcome, = outcomes.read_outcomes([folder], "eval/episodic_return", "exp_name")
+        found[script] = outcome.paper_sizes
+    assert found == {"trudi_mjx": True, "reppo_mjx": False}
 
 
 def test_matched_wall_clock(analyze, tmp_path):

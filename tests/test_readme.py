@@ -15,6 +15,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("trudi_*.py"))
+BASELINES = sorted((ROOT / "benchmark" / "baselines").glob("*.py"))
 NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
 
@@ -60,12 +61,12 @@ def test_ruff():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS + BASELINES, ids=lambda path: path.name)
 def test_help_documents_every_flag(path):
     out = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True,
                          env={"COLUMNS": "200", "PATH": os.environ["PATH"]}).stdout
     rows = re.split(r"\n. (?=-)", out)  # one for each flag, however many lines
-    for field in dataclasses.fields(importlib.import_module(path.stem).Args):
+    for field in dataclasses.fields(importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)).Args):
         names = re.compile(rf"--{field.name.replace('_', '-')}\b[^a-z]")
         row = next((row for row in rows if names.match(row)), None)
         computed = field.name in ("batch_size", "num_iterations")
@@ -90,7 +91,7 @@ def test_what_is_repeated_has_not_drifted(one, other):
         assert bodies[0][name] == bodies[1][name], name
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS + BASELINES, ids=lambda path: path.name)
 def test_form(path):
     for function in functions(path):
         assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
@@ -100,7 +101,7 @@ def test_form(path):
             assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS + BASELINES, ids=lambda path: path.name)
 def test_every_flag_is_read(path):
     source = path.read_text()
     args = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
