@@ -6,15 +6,12 @@
 """Trust-Region Diffusion Policies (TruDi, arXiv 2606.15260) on Isaac Lab 2.3 and 3.0 and on mjlab, in one file.
 
     python trudi_isaaclab.py --env-id Isaac-Velocity-Rough-G1                 # the paper's settings; Isaac Lab is installed
-    python trudi_isaaclab.py --env-id Mjlab-Velocity-Rough-Unitree-G1         # without Isaac Lab; also uv run
-    python trudi_isaaclab.py --env-id Mjlab-Cartpole-Balance --preset cpu     # a learning curve on two CPU cores
+    python trudi_isaaclab.py --env-id Mjlab-Cartpole-Balance --preset cpu     # without Isaac Lab: a curve on two CPU cores
     torchrun --nproc-per-node 4 trudi_isaaclab.py --env-id Isaac-Velocity-Flat-H1-v0   # four GPUs share environments
 
-Read it from top to bottom, or beside trudi_maniskill.py: order and learner are the same. `# Eq. 181` marks where an equation of
-the paper is computed; README.md has their table and the paper's errata, E1 to E18. Axes: T steps of a rollout, E environments,
-B states of a batch, N denoising steps (n = 1 ... N in order, latent actions from a^N, noise, to a^0), A action dimensions."""
+`# Eq. 181` marks where an equation of the paper is computed; README.md has their table and the paper's errata, E1 to E18.
+Axes: T steps of a rollout, E environments, B states of a batch, N denoising steps (n = 1 ... N), A action dimensions."""
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -29,6 +26,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from importlib import import_module, metadata, util
 from typing import Any, Literal
 
@@ -36,9 +34,7 @@ import numpy as np
 import tyro
 
 TASKS = ("Isaac-Velocity-Flat-G1 Isaac-Velocity-Rough-G1 Isaac-Velocity-Flat-H1 Isaac-Velocity-Rough-H1 "
-         "Isaac-Reorient-Cube-Allegro-Direct Isaac-Reorient-Cube-Shadow-Direct Mjlab-Velocity-Rough-Unitree-G1 "
-         "Mjlab-Velocity-Flat-Unitree-G1 Mjlab-Velocity-Rough-Unitree-Go1 Mjlab-Velocity-Flat-Unitree-Go1 "
-         "Mjlab-Cartpole-Balance Mjlab-Cartpole-Swingup Mjlab-Lift-Cube-Yam").split()
+         "Isaac-Reorient-Cube-Allegro-Direct Isaac-Reorient-Cube-Shadow-Direct").split()
 PAPER = dict(total_timesteps=300_000_000, num_envs=4096, num_steps=64, num_epochs=8, minibatch_size=2048, hidden_dim=512,
              actor_learning_rate=3e-4, critic_learning_rate=3e-4, dual_learning_rate=3e-4, eval_interval=50,
              checkpoint_interval=20, target_entropy_scale=0.665, gamma=0.97, v_min=-10.0, v_max=10.0)  # Table 5
@@ -109,14 +105,13 @@ def resolve(args: Args) -> Args:
     module, _, name = args.env_id.rpartition(":")
     near, root = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3], module.split(".")[0]
     package, install = ("mjlab", "mjlab==1.6.0") if "Mjlab-" in name else ("isaaclab", "isaaclab==3.0.0, on Python 3.12 only")
-    known = module or name in TASKS or name.startswith("Isaac-")  # of which there are more than the paper's
     values = PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
     size = values["num_envs"] * values["num_steps"]
     args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
     may_be_zero = ("seed", "num_iterations", "gamma", "td_lambda", "ode_score_scale", "v_min", "v_max", "target_entropy_scale")
     numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
     rules = [
-        (known, f"unknown --env-id {name}; the nearest are {', '.join(near)}"),
+        (module or name.startswith(("Isaac-", "Mjlab-")), f"unknown --env-id {name}; the nearest are {', '.join(near)}"),
         (util.find_spec(package), f"--env-id {args.env_id} needs {package}; pip install {install}"),
         (not module or util.find_spec(root), f"--env-id {args.env_id}: no module {root} on PYTHONPATH or beside {SCRIPT}.py"),
         *((v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()),
@@ -152,8 +147,7 @@ def parse() -> Args:
 def launch() -> tuple[Args, Any]:
     """Arguments and, with Isaac Lab 2.3, its app: Kit, which must start before PyTorch is imported."""
     args = parse()
-    app = None if "Mjlab-" in args.env_id else import_module("isaaclab.app")
-    if not app or hasattr(app, "launch_simulation"):
+    if "Mjlab-" in args.env_id or hasattr(app := import_module("isaaclab.app"), "launch_simulation"):
         return args, None
     device = "cpu" if args.device == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return args, app.AppLauncher(headless=True, device=device, enable_cameras=args.capture_video).app
@@ -181,14 +175,13 @@ def find_task(env_id: str, registered: Callable) -> str:
     near = difflib.get_close_matches(name, registered(), 3, 0.4)
     return found[0] if found else fail(f"unknown --env-id {env_id}; the nearest installed are {', '.join(near) or 'none'}")
 
-def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.ExitStack) -> Any:
+def make_env(args: Args, device: str, seed: int, kit: Any, stack: ExitStack) -> Any:
     """This process's environments; the stack closes them, then their simulator. Exits with code 2 if there is no such task."""
     if "Mjlab-" in args.env_id:
         registry, envs, _ = map(import_module, ("mjlab.tasks.registry", "mjlab.envs", "mjlab.tasks"))
         cfg = registry.load_env_cfg(find_task(args.env_id, registry.list_tasks))
         cfg.scene.num_envs, cfg.seed, cfg.auto_reset = args.num_envs // WORLD, seed, False  # it says how episodes end only so
-        env = envs.ManagerBasedRlEnv(cfg, device, "rgb_array" if args.capture_video else None)
-        return stack.enter_context(contextlib.closing(env))
+        return stack.enter_context(closing(envs.ManagerBasedRlEnv(cfg, device, "rgb_array" if args.capture_video else None)))
     gym, tasks = import_module("gymnasium"), import_module("isaaclab_tasks.utils")
     name, engine = find_task(args.env_id, gym.registry.keys), {"overrides": [f"physics={args.physics}"]} if args.physics else {}
     try:
@@ -199,10 +192,10 @@ def make_env(args: Args, device: str, seed: int, kit: Any, stack: contextlib.Exi
     if args.capture_video and not kit:
         viewer = import_module("isaaclab_visualizers.newton").NewtonGLVisualizerCfg
         cfg.sim.visualizer_cfgs = [viewer(headless=True, window_width=640, window_height=480)]
-    app = contextlib.closing(kit) if kit else import_module("isaaclab.app").launch_simulation(cfg, {"device": device})
+    app = closing(kit) if kit else import_module("isaaclab.app").launch_simulation(cfg, {"device": device})
     stack.enter_context(app)  # which may end the process when it is closed
     env = gym.make(name, cfg=cfg, render_mode="rgb_array" if kit and args.capture_video else None)
-    return stack.enter_context(contextlib.closing(env)).unwrapped
+    return stack.enter_context(closing(env)).unwrapped
 
 def observe(groups: dict[str, Tensor]) -> Tensor:
     """Observations (E, O) of both networks: a group for the actor and, if there is one, a group for the critic."""
@@ -212,33 +205,27 @@ def restart(agent: Agent, state: "TrainState", spread: bool) -> None:
     """Start all episodes anew; `spread` starts their clocks anywhere in an episode, so that time-outs do not coincide."""
     state.observation.copy_(observe(agent.env.reset()[0]))
     state.episode.fill_(torch.nan if spread else 0.0)
-    if spread:
-        agent.env.episode_length_buf.random_(agent.time_limit)
+    agent.env.episode_length_buf.random_(agent.time_limit if spread else 1)
 
 def step_env(agent: Agent, state: "TrainState", action: Tensor) -> tuple[tuple, dict[str, Any]]:
     """Step, end and restart episodes, in place; returns Transition's fields from reward on, and what is logged of the ended."""
-    env, before, log = agent.env, state.observation.clone(), {}
+    env, before = agent.env, state.observation.clone()
     groups, reward, terminated, late, extras = env.step(agent.args.action_scale * action)
     reward, terminated, ended = reward.clone(), terminated.clone(), terminated | late  # the simulator uses its tensors again
-    after = observe(groups)
+    after, over = observe(groups), bool(ended.any())  # the device is read from once
     state.observation.copy_(after)
-    if ended.any():
-        if not getattr(env.cfg, "auto_reset", True):  # mjlab
-            state.observation[ended] = observe(env.reset(env_ids=ended.nonzero()[:, 0])[0])[ended]
-        else:  # Isaac Lab 2.3 does not tell how an episode ended: a time-out bootstraps from the state before
-            after = torch.where(ended[:, None], observe(extras["final_obs"]) if "final_obs" in extras else before, after)
-        log = dict(extras.get("log", {}))
+    if over and not getattr(env.cfg, "auto_reset", True):  # mjlab
+        state.observation[ended] = observe(env.reset(env_ids=ended.nonzero()[:, 0])[0])[ended]
+    elif over:  # Isaac Lab 2.3 does not tell how an episode ended: a time-out bootstraps from the state before
+        after = torch.where(ended[:, None], observe(extras["final_obs"]) if "final_obs" in extras else before, after)
     state.episode.add_(torch.stack([reward, torch.ones_like(reward)], -1))
     episode = torch.where(ended[:, None], state.episode, torch.nan)
     state.episode[ended] = 0.0
-    return (reward, terminated, ended & ~terminated, after, episode), log
+    return (reward, terminated, ended & ~terminated, after, episode), dict(extras.get("log", {})) if over else {}
 
 def everywhere(x: Tensor) -> Tensor:
     """A tensor of every process, one after the other along the first axis."""
-    parts = [torch.empty_like(x) for _ in range(WORLD)] if WORLD > 1 else [x]
-    if WORLD > 1:
-        dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    return torch.cat(import_module("torch.distributed.nn").all_gather(x.contiguous())) if WORLD > 1 else x
 
 Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
 def update_statistics(statistics: Statistics, observations: Tensor) -> Statistics:
@@ -257,8 +244,8 @@ class Actor(nn.Module):
     """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
     def __init__(self, args: Args, observation_size: int, action_size: int):
         super().__init__()
-        self.num_steps, self.prior_std, width = args.num_diffusion_steps, args.prior_std, args.hidden_dim
-        self.observation_size = observation_size  # the actor sees the first columns of an observation
+        width, self.prior_std, self.observation_size = args.hidden_dim, args.prior_std, observation_size
+        self.register_buffer("n", torch.arange(1, args.num_diffusion_steps + 1)[:, None], persistent=False)
         gelu = nn.GELU("tanh")  # JAX's form of it
         self.time_mlp = nn.Sequential(linear(TIME_FEATURES, TIME_FEATURES), gelu, linear(TIME_FEATURES, TIME_FEATURES))
         self.input = linear(observation_size + action_size + TIME_FEATURES, width)
@@ -268,15 +255,13 @@ class Actor(nn.Module):
         self.raw_friction = nn.Parameter(torch.full((action_size,), math.log(math.e - 1)), args.learn_friction)  # of softplus 1
     def step_sizes(self) -> Tensor:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
-        n = torch.arange(1, self.num_steps + 1, device=self.raw_friction.device)[:, None] / self.num_steps
-        cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
+        cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - self.n / len(self.n)) / (1 + SCHEDULE_SHIFT)) ** 2
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / F.softplus(self.raw_friction)
     def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
-        n = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None]
-        angle = n * 10000.0 ** (-torch.arange(TIME_FEATURES // 2, device=n.device) / (TIME_FEATURES // 2))
+        angle = self.n * 10000.0 ** (-torch.arange(TIME_FEATURES // 2, device=self.n.device) / (TIME_FEATURES // 2))
         time = self.time_mlp(torch.cat([angle.sin(), angle.cos()], -1))
-        weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]
+        weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]  # the first are its
         return F.linear(seen, weight[:, :self.observation_size], bias), F.linear(time, weight[:, -TIME_FEATURES:])
     def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
@@ -299,8 +284,7 @@ class Critic(nn.Sequential):
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer as flax makes it: weights of variance 1 / inputs, cut at two standard deviations, and no bias."""
-    layer = nn.Linear(inputs, outputs)
-    std = inputs**-0.5 / 0.87962566  # of the normal that has unit variance once it is cut
+    layer, std = nn.Linear(inputs, outputs), inputs**-0.5 / 0.87962566  # of the normal that has unit variance once it is cut
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(layer.bias)
     return layer
@@ -338,7 +322,7 @@ def trajectory_kl(actor: Actor, observation: Tensor, latents: Tensor, means: Ten
     new_means = latents + h * (actor(state[:, None], time, latents) - latents / actor.prior_std**2)
     kl = 0.5 * (old_h / h - 1 - torch.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
     return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
-# ---------------------------------------------------------------------------------------------- critic and targets
+# ------------------------------------------------------------------------------------ critic, targets, losses, learning
 def hl_gauss(args: Args, returns: Tensor) -> Tensor:
     """Categorical targets (..., atoms) for returns (...): clipped to the atoms' range, then a Gaussian's mass per atom."""
     width = (args.v_max - args.v_min) / (args.num_atoms - 1)
@@ -355,11 +339,10 @@ def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Te
     targets, later = torch.empty_like(reward), value[-1]  # bootstrapped where the rollout ends
     for t in reversed(range(len(reward))):
         mixture = torch.where(truncated[t], value[t], (1 - args.td_lambda) * value[t] + args.td_lambda * later)
-        # Chosen, not multiplied by 0: what follows a termination may be NaN.
-        later = reward[t] + args.gamma * torch.where(terminated[t], 0.0, bonus[t] + mixture)  # Eq. 118, Eq. 179 (E2, E12)
-        targets[t] = later
+        # Eq. 118, Eq. 179 (E2, E12); chosen, not multiplied by 0: what follows a termination may be NaN.
+        targets[t] = later = reward[t] + args.gamma * torch.where(terminated[t], 0.0, bonus[t] + mixture)
     return targets
-# ------------------------------------------------------------------------------------------------ losses, learning
+
 # All that learns: actor, critic, logarithms of the duals alpha and lambda (a ParameterList), and Adam for the three.
 Learner = namedtuple("Learner", "actor critic log_duals actor_opt critic_opt dual_opt")
 # B states: normalised observations, and from the rollout actions, old chains and lambda-returns.
@@ -406,14 +389,13 @@ def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, 
 @torch.enable_grad()
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[str, Tensor]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
-    args, size = agent.args, len(data.action)
-    for _ in range(args.num_epochs):
-        metrics = []
-        for rows in torch.randperm(size, device=agent.device).split(args.minibatch_size // WORLD):
-            noise = torch.randn(args.num_diffusion_steps + 1, len(rows), data.action.shape[-1], device=agent.device)
-            metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
-    return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
-# ------------------------------------------------------------------------------------------------------- iteration
+    args, size, metrics = agent.args, len(data.action), []
+    order = torch.cat([torch.randperm(size, device=agent.device) for _ in range(args.num_epochs)])
+    for rows in order.split(args.minibatch_size // WORLD):
+        noise = torch.randn(args.num_diffusion_steps + 1, len(rows), data.action.shape[-1], device=agent.device)
+        metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
+    return dict(zip(UPDATE_METRICS, torch.stack(metrics[-len(metrics) // args.num_epochs:]).mean(0), strict=True))
+# ---------------------------------------------------------------------------------------- iteration and evaluation
 # What a checkpoint holds, then, changed in place, observations (E, O), and return and length (E, 2), NaN if begun unseen.
 TrainState = namedtuple("TrainState", "learner statistics iteration observation episode")
 def init_learner(args: Args, device: torch.device, actor_sees: int, critic_sees: int, action_size: int) -> Learner:
@@ -470,12 +452,11 @@ def iterate(agent: Agent, state: TrainState, act: Callable) -> tuple[TrainState,
     statistics = state.statistics if state.statistics.count else merged
     target = critic_targets(agent, learner, statistics, data)
     batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
-    batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
+    batch = Batch(*(x.swapaxes(0, 1).flatten(0, 1) for x in batch))
     # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
     rows = torch.randperm(len(batch.action), device=agent.device)[:agent.args.minibatch_size // WORLD]
     old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
-    noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
-    fresh = sample_chain(learner.actor, some.observation, noise)
+    fresh, _ = sample_policy(agent.args, learner.actor, statistics.moments, data.observation.swapaxes(0, 1).flatten(0, 1)[rows])
     metrics = episodes | learn(agent, learner, batch, old_h)
     metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
                 for name, x in (("stored", some), ("fresh", fresh))}
@@ -483,7 +464,7 @@ def iterate(agent: Agent, state: TrainState, act: Callable) -> tuple[TrainState,
         "entropy/alpha": learner.log_duals[0].exp(), "trust_region/lambda": learner.log_duals[1].exp(),
         "entropy/friction": F.softplus(learner.actor.raw_friction).mean(), "critic/target": target.mean(),
         "critic/targets_clipped": ((target < agent.args.v_min) | (target > agent.args.v_max)).float().mean()}
-# ------------------------------------------------------------------------------------------------------ evaluation
+
 def evaluation_action(agent: Agent, learner: Learner, statistics: Statistics, observation: Tensor) -> Tensor:
     """Actions (B, A) at raw observations, as --eval-mode says."""
     args, seen = agent.args, normalize(statistics, observation)
@@ -605,11 +586,10 @@ def prepare_run(args: Args, device: torch.device, env: Any, saved: dict[str, Any
     observation = observe(groups)
     statistics = Statistics(0, observation.new_zeros(2, observation.shape[-1]))
     state = TrainState(learner, statistics, 0, observation, observation.new_zeros(len(observation), 2))
-    state = fill_state(state, saved) if saved else state
     agent = Agent(args, device, env, env.max_episode_length, *compiled(args, device, learner))
     torch.manual_seed(args.seed + RANK)  # processes draw clocks of their own
     restart(agent, state, spread=True)
-    return agent, state
+    return agent, fill_state(state, saved) if saved else state
 
 def averages(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Means over the processes, of each number over those that have it; the device is read from once."""
@@ -650,11 +630,10 @@ def main(args: Args, kit: Any) -> None:
     """Make the environments, then train, resume or evaluate."""
     if args.device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
-    run = args.resume or args.evaluate
-    saved, device = read_checkpoint(run) if run else {}, open_device(args)
+    saved, device = read_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}, open_device(args)
     print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
     seed = int(np.random.SeedSequence([args.seed, RANK, saved.get("iteration", 0)]).generate_state(1)[0] >> 1)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         env = make_env(args, str(device), seed, kit, stack)
         agent, state = prepare_run(args, device, env, saved)
         if args.evaluate:

@@ -181,10 +181,7 @@ def env_step(envs: list[Any], action: Tensor) -> tuple[Tensor, tuple]:
 
 def everywhere(x: Tensor) -> Tensor:
     """A tensor of every process, one after the other along the first axis."""
-    parts = [torch.empty_like(x) for _ in range(WORLD)] if WORLD > 1 else [x]
-    if WORLD > 1:
-        dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    return torch.cat(import_module("torch.distributed.nn").all_gather(x.contiguous())) if WORLD > 1 else x
 
 Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
 def update_statistics(statistics: Statistics, observations: Tensor) -> Statistics:
@@ -203,8 +200,8 @@ class Actor(nn.Module):
     """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n."""
     def __init__(self, args: Args, observation_size: int, action_size: int):
         super().__init__()
-        self.num_steps, self.prior_std, width = args.num_diffusion_steps, args.prior_std, args.hidden_dim
-        self.observation_size = observation_size  # the actor sees the first columns of an observation
+        width, self.prior_std, self.observation_size = args.hidden_dim, args.prior_std, observation_size
+        self.register_buffer("n", torch.arange(1, args.num_diffusion_steps + 1)[:, None], persistent=False)
         gelu = nn.GELU("tanh")  # JAX's form of it
         self.time_mlp = nn.Sequential(linear(TIME_FEATURES, TIME_FEATURES), gelu, linear(TIME_FEATURES, TIME_FEATURES))
         self.input = linear(observation_size + action_size + TIME_FEATURES, width)
@@ -214,15 +211,13 @@ class Actor(nn.Module):
         self.raw_friction = nn.Parameter(torch.full((action_size,), math.log(math.e - 1)), args.learn_friction)  # of softplus 1
     def step_sizes(self) -> Tensor:
         """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action dimension."""
-        n = torch.arange(1, self.num_steps + 1, device=self.raw_friction.device)[:, None] / self.num_steps
-        cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
+        cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - self.n / len(self.n)) / (1 + SCHEDULE_SHIFT)) ** 2
         return STEP_SIZE * ((1 - KAPPA_MIN) * cosine + KAPPA_MIN) / F.softplus(self.raw_friction)
     def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """The first layer acts on concat(s, a, time): its parts that stay the same along a chain, (B, H) and (N, H)."""
-        n = torch.arange(1, self.num_steps + 1, device=observation.device)[:, None]
-        angle = n * 10000.0 ** (-torch.arange(TIME_FEATURES // 2, device=n.device) / (TIME_FEATURES // 2))
+        angle = self.n * 10000.0 ** (-torch.arange(TIME_FEATURES // 2, device=self.n.device) / (TIME_FEATURES // 2))
         time = self.time_mlp(torch.cat([angle.sin(), angle.cos()], -1))
-        weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]
+        weight, bias, seen = self.input.weight, self.input.bias, observation[..., :self.observation_size]  # the first are its
         return F.linear(seen, weight[:, :self.observation_size], bias), F.linear(time, weight[:, -TIME_FEATURES:])
     def forward(self, state: Tensor, time: Tensor, latent: Tensor) -> Tensor:
         """f_theta at latents (..., A), with the parts that `embed` returned, which broadcast to (..., H)."""
@@ -245,8 +240,7 @@ class Critic(nn.Sequential):
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer as flax makes it: weights of variance 1 / inputs, cut at two standard deviations, and no bias."""
-    layer = nn.Linear(inputs, outputs)
-    std = inputs**-0.5 / 0.87962566  # of the normal that has unit variance once it is cut
+    layer, std = nn.Linear(inputs, outputs), inputs**-0.5 / 0.87962566  # of the normal that has unit variance once it is cut
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(layer.bias)
     return layer
@@ -301,9 +295,8 @@ def lambda_returns(args: Args, reward: Tensor, terminated: Tensor, truncated: Te
     targets, later = torch.empty_like(reward), value[-1]  # bootstrapped where the rollout ends
     for t in reversed(range(len(reward))):
         mixture = torch.where(truncated[t], value[t], (1 - args.td_lambda) * value[t] + args.td_lambda * later)
-        # Chosen, not multiplied by 0: what follows a termination may be NaN.
-        later = reward[t] + args.gamma * torch.where(terminated[t], 0.0, bonus[t] + mixture)  # Eq. 118, Eq. 179 (E2, E12)
-        targets[t] = later
+        # Eq. 118, Eq. 179 (E2, E12); chosen, not multiplied by 0: what follows a termination may be NaN.
+        targets[t] = later = reward[t] + args.gamma * torch.where(terminated[t], 0.0, bonus[t] + mixture)
     return targets
 # ------------------------------------------------------------------------------------------------ losses, learning
 # All that learns: actor, critic, logarithms of the duals alpha and lambda (a ParameterList), and Adam for the three.
@@ -352,13 +345,12 @@ def update_minibatch(learner: Learner, args: Args, batch: Batch, old_h: Tensor, 
 @torch.enable_grad()
 def learn(agent: Agent, learner: Learner, data: Batch, old_h: Tensor) -> dict[str, Tensor]:
     """All epochs of shuffled minibatches; metrics are means over the last epoch."""
-    args, size = agent.args, len(data.action)
-    for _ in range(args.num_epochs):
-        metrics = []
-        for rows in torch.randperm(size, device=agent.device).split(args.minibatch_size // WORLD):
-            noise = torch.randn(args.num_diffusion_steps + 1, len(rows), data.action.shape[-1], device=agent.device)
-            metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
-    return dict(zip(UPDATE_METRICS, torch.stack(metrics).mean(0), strict=True))
+    args, size, metrics = agent.args, len(data.action), []
+    order = torch.cat([torch.randperm(size, device=agent.device) for _ in range(args.num_epochs)])
+    for rows in order.split(args.minibatch_size // WORLD):
+        noise = torch.randn(args.num_diffusion_steps + 1, len(rows), data.action.shape[-1], device=agent.device)
+        metrics.append(agent.update(Batch(*(x[rows] for x in data)), old_h, noise))
+    return dict(zip(UPDATE_METRICS, torch.stack(metrics[-len(metrics) // args.num_epochs:]).mean(0), strict=True))
 # ------------------------------------------------------------------------------------------------------- iteration
 # What a checkpoint holds, then the environments' observations (E, .) and whether they have begun an episode in this process.
 TrainState = namedtuple("TrainState", "learner statistics iteration observation begun")
@@ -417,12 +409,11 @@ def iterate(agent: Agent, state: TrainState, act: Callable) -> tuple[TrainState,
     statistics = state.statistics if state.statistics.count else merged
     target = critic_targets(agent, learner, statistics, data)
     batch = Batch(normalize(statistics, data.observation), data.action, data.latents, data.means, target)
-    batch = Batch(*(x.transpose(0, 1).flatten(0, 1) for x in batch))
+    batch = Batch(*(x.swapaxes(0, 1).flatten(0, 1) for x in batch))
     # For the KL of the whole iteration, on as many states as a minibatch has: stored chains, and fresh ones of this actor.
     rows = torch.randperm(len(batch.action), device=agent.device)[:agent.args.minibatch_size // WORLD]
     old_h, some = learner.actor.step_sizes(), Batch(*(x[rows] for x in batch))
-    noise = torch.randn(agent.args.num_diffusion_steps + 1, *some.action.shape, device=agent.device)
-    fresh = sample_chain(learner.actor, some.observation, noise)
+    fresh, _ = sample_policy(agent.args, learner.actor, statistics.moments, data.observation.swapaxes(0, 1).flatten(0, 1)[rows])
     metrics = episodes | learn(agent, learner, batch, old_h)
     metrics |= {f"trust_region/{name}_kl": trajectory_kl(learner.actor, some.observation, x.latents, x.means, old_h).mean()
                 for name, x in (("stored", some), ("fresh", fresh))}
