@@ -4,14 +4,16 @@
 
 Groups are the runs' --exp-name, as benchmark.run gives one to each sweep and to each value of an ablation; --group-by takes
 another argument, or "folder". Interquartile means (IQM) are over finished runs and have 95% stratified bootstrap intervals;
-groups are compared on the tasks of which all have finished runs. What is missing or not finished is listed."""
+groups are compared on the tasks of which all have finished runs. What is missing or not finished is listed. With --until-steps,
+tasks and suites are compared after so many environment steps, while wall clock has the whole runs, of which the faster may be
+the longer."""
 
 import dataclasses
 import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ class Options:
     metric: str = RETURN  # what is compared
     group_by: str = "exp_name"  # an argument's name, or "folder"
     seeds: int = 1  # runs that each task ought to have, at least; a task that has fewer than another is short of runs anyway
+    until_steps: int | None = None  # compare tasks and suites after so many environment steps, even where runs went on
     throughput: tuple[str, ...] = ()  # files of benchmark/throughput.py at the paper's sizes, for the cost of the experiments
 
 class Page:
@@ -132,19 +135,21 @@ def improvements(panels: dict[str, dict[str, Any]]) -> pd.DataFrame:
             rows.append((suite, x, y, *improvement_interval(*scores)))
     return pd.DataFrame(rows, columns=["suite", "x", "y", "probability", "low", "high"])
 
-def at_matched_time(panel: dict[str, Any]) -> tuple[float, dict[str, np.ndarray]]:
-    """The hours of training that every run of a suite's panel has had, and each group's IQM (3,) at that time; NaN for a group
-    with a run that was first evaluated later."""
-    own = [o for task in panel["tasks"] for o in by_task(panel["outcomes"])[task]]
-    hours, result = min(o.hours[-1] for o in own), {}
-    for group in panel["groups"]:
-        found = by_task(select(panel["outcomes"], group=group))
-        if any(o.hours[0] > hours for task in panel["tasks"] for o in found[task]):  # not evaluated by then
-            result[group] = np.full(3, np.nan)
-            continue
-        scores = [[curve(o, "hours", np.array([hours])) / panel["scale"].get(t, 1) for o in found[t]] for t in panel["tasks"]]
-        result[group] = interval(stack(scores)[..., 0], iqm)[:, 0]
-    return hours, result
+def at_matched_time(panel: dict[str, Any]) -> tuple[dict[str, float], dict[str, list]]:
+    """For each task of a suite's panel the hours of training that every run of it has had, and each group's scores of these
+    tasks at these times; NaN where the first evaluation was later."""
+    hours = {task: min(o.hours[-1] for o in own) for task, own in by_task(panel["outcomes"]).items() if task in panel["tasks"]}
+    found = {group: by_task(select(panel["outcomes"], group=group)) for group in panel["groups"]}
+    return hours, {group: [[value_at(o, hours[t]) / panel["scale"].get(t, 1) for o in own[t]] for t in panel["tasks"]]
+                   for group, own in found.items()}
+
+def banded(scores: list) -> np.ndarray:
+    """The IQM and its interval (3,) of tasks' scores; NaN if any is."""
+    return np.full(3, np.nan) if np.isnan(np.concatenate(scores)).any() else interval(stack(scores), iqm)[:, 0]
+
+def value_at(outcome: Outcome, hours: float) -> float:
+    """The metric after so many hours; NaN if the first evaluation was later."""
+    return np.nan if outcome.hours[0] > hours else curve(outcome, "hours", np.array([hours]))[0]
 
 # -------------------------------------------------------------------------------------------------------- sections
 def write_runs(page: Page, outcomes: list[Outcome]) -> None:
@@ -231,20 +236,25 @@ def write_suites(page: Page, panels: dict[str, dict[str, Any]], colours: dict[st
 
 def write_wall_clock(page: Page, panels: dict[str, dict[str, Any]], colours: dict[str, str], metric: str) -> None:
     """Returns over hours of training (Figure 5), and training times (Table 2)."""
-    page.text("## Wall clock", "", "Without compilation. Times of different devices cannot be compared.")
-    rows = []
+    page.text("## Wall clock", "", "Without compilation. Times of different devices cannot be compared. A task's matched time "
+              "is that of its shortest run.")
+    rows, tasks = [], []
     for suite, panel in panels.items():
         hours, matched = at_matched_time(panel)
+        times = " to ".join(dict.fromkeys(f"{x * 60:.1f}" for x in (min(hours.values()), max(hours.values()))))
         for group in panel["groups"]:
             own = [o for task in panel["tasks"] for o in by_task(select(panel["outcomes"], group=group))[task]]
             minutes = np.array([o.last_hours for o in own]) * 60
             final = interval(figures.final_scores(own, panel["tasks"], panel["scale"]), iqm)[:, 0]
             rows.append((title_of(suite), group, f"{minutes.mean():.1f} ± {minutes.std():.1f}", shown(final, 2),
-                         f"{shown(matched[group], 2)} at {hours * 60:.1f}", ", ".join(sorted({o.device for o in own}))))
+                         f"{shown(banded(matched[group]), 2)} at {times}", ", ".join(sorted({o.device for o in own}))))
+        tasks += [(task, f"{hours[task] * 60:.2f}", group, shown(banded([matched[group][i]]), 2))
+                  for i, task in enumerate(panel["tasks"]) for group in panel["groups"] if len(panel["groups"]) > 1]
     cited = PAPER_HUMANOID if metric == RETURN and "humanoid" in panels else ()
     rows += [(SUITES["humanoid"].title, f"{name} (cited)", f"{hours * 60:.0f}", value, "", "A100 or H100")
              for name, value, hours in cited]
     page.table(("suite", "group", "minutes", "IQM of last evaluations", "IQM at matched minutes", "device"), rows)
+    page.table(("task", "matched minutes", "group", "IQM"), tasks)
     page.figure("wall_clock", "IQM over training time (the paper's Figure 5, left, and Table 2)",
                 figures.suites_figure(panels, colours, "hours", label_of(metric), {"humanoid": list(cited)}))
 
@@ -367,14 +377,18 @@ def main() -> None:
         fail(f"no run in {' '.join(options.runs)} has {options.metric}")
     outcomes = with_missing(outcomes, options.seeds)
     own = [o for o in outcomes if not VARIANT.fullmatch(o.group)]
+    until = options.until_steps or np.inf
+    equal = [o for o in with_missing(read_outcomes(options.runs, options.metric, options.group_by, until), options.seeds)
+             if not VARIANT.fullmatch(o.group)]
     colours = dict(zip(dict.fromkeys(o.group for o in own), itertools.cycle(figures.COLOURS), strict=False))
-    page, panels = Page(pathlib.Path(options.out)), panels_of(own)
-    page.text("# Results", "", f"Written by `python -m benchmark.analyze`; the metric is `{options.metric}`.")
+    page = Page(pathlib.Path(options.out))
+    after = f"; tasks and suites are compared after {until:,} environment steps" if options.until_steps else ""
+    page.text("# Results", "", f"Written by `python -m benchmark.analyze`; the metric is `{options.metric}`{after}.")
     write_runs(page, outcomes)
-    write_tasks(page, own, colours, options.metric)
-    sections: list[Callable] = [write_suites, write_wall_clock] if panels else []
-    for write in sections:
-        write(page, panels, colours, options.metric)
+    write_tasks(page, equal, colours, options.metric)
+    for write, found in ((write_suites, panels_of(equal)), (write_wall_clock, panels_of(own))):
+        if found:
+            write(page, found, colours, options.metric)
     page.text("## Ablations")
     write_ablations(page, outcomes, options.metric)
     write_evaluations(page, options.runs, options.metric)

@@ -53,14 +53,14 @@ def state_of(run: Run, superseded: bool) -> str:
         done = run.last()["wall_time"] >= float(variant["hours"]) * 3600
     return "superseded" if superseded else "finished" if done else "diverged" if run.diverged else "unfinished"
 
-def outcomes_of(run: Run, group: str, metric: str, superseded: bool) -> list[Outcome]:
-    """One outcome for each seed of a run."""
+def outcomes_of(run: Run, group: str, metric: str, superseded: bool, until_steps: float) -> list[Outcome]:
+    """One outcome for each seed of a run, as if it had ended after so many environment steps."""
     task, found, state = task_of(run.script, run.args["env_id"]), [], state_of(run, superseded)
     suite, env_id = (task.suite, task.env_id) if task else (OTHER, run.args["env_id"])
     names = ("num_envs", "num_steps", "hidden_dim") if task and run.script == task.script else ()
     sizes = names and all(run.args[name] == getattr(task.settings, name) for name in names)
     for seed, path in run.logs.items():
-        log = events(path)
+        log = [event for event in events(path) if event["step"] <= until_steps]
         own = [event for event in log if metric in event]
         columns = (np.array([event[name] for event in own], float) for name in ("step", "wall_time", metric))
         steps, seconds, values = columns
@@ -76,14 +76,14 @@ def group_of(run: Run, group_by: str) -> str:
     name = run.folder.parent.name if group_by == "folder" else str(run.args.get(group_by, "?"))
     return f"{algorithm}-{name}" if algorithm in ALGORITHMS[1:] and not name.startswith(algorithm) else name
 
-def read_outcomes(sources: Iterable[str], metric: str, group_by: str) -> list[Outcome]:
-    """The outcomes of all runs in these folders. Of several runs of the same group, task and seeds the furthest counts; the
-    others are marked as superseded."""
+def read_outcomes(sources: Iterable[str], metric: str, group_by: str, until_steps: float = np.inf) -> list[Outcome]:
+    """The outcomes of all runs in these folders, until so many steps. Of several runs of the same group, task and seeds the
+    furthest counts; the others are marked as superseded."""
     same: dict[tuple, list[Run]] = {}
     for run in find_runs(sources):
         same.setdefault((group_of(run, group_by), *run.identity[2:]), []).append(run)
     return [outcome for (group, *_), runs in same.items() for run in runs
-            for outcome in outcomes_of(run, group, metric, run is not furthest(runs))]
+            for outcome in outcomes_of(run, group, metric, run is not furthest(runs), until_steps)]
 
 def with_missing(outcomes: list[Outcome], seeds: int) -> list[Outcome]:
     """The outcomes and, for every group and suite that has any, those of the runs that there are not. Each task ought to have

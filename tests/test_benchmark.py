@@ -675,6 +675,32 @@ def test_matched_wall_clock(analyze, tmp_path):
     assert "| late | 240.0 ± 0.0 | 400.00 | none at 60.0 |" in page
 
 
+def test_matched_wall_clock_is_of_each_task(analyze, tmp_path):
+    """Walking takes twice the hours of running, and the slow group the double of the fast one's."""
+    root = tmp_path / "runs"
+    for task, factor in (("CheetahRun", 1.0), ("WalkerWalk", 2.0)):
+        write_run(root, task, 1, [0, 100, 200, 300.0], exp_name="fast", hours=factor)
+        write_run(root, task, 1, [0, 70, 90, 100.0], exp_name="slow", hours=2 * factor)
+    page = analyze(root, out=tmp_path / "out")
+    for row in ("CheetahRun | 60.00 | fast | 300.00", "CheetahRun | 60.00 | slow | 70.00",
+                "WalkerWalk | 120.00 | fast | 300.00", "WalkerWalk | 120.00 | slow | 70.00"):
+        assert f"| {row} |" in page
+    assert "| 70.00 at 60.0 to 120.0 |" in page
+
+
+def test_equal_steps(analyze, tmp_path):
+    """One of the groups was trained twice as far; wall clock has all of it."""
+    root = tmp_path / "runs"
+    write_run(root, "CheetahRun", 1, [0, 50, 200, 300.0], exp_name="long", hours=1.0)
+    write_run(root, "CheetahRun", 1, [0, 100.0], exp_name="short", hours=1.0)
+    whole, cut = (analyze(root, out=tmp_path / "out", **options) for options in ({}, {"until_steps": 200}))
+    assert "| CheetahRun | long | 1 | 300.0 | 400 | 60.0 |" in whole.replace("|  |", "|")
+    assert "| CheetahRun | long | 1 | 50.0 | 200 | 30.0 |" in cut.replace("|  |", "|")
+    assert "compared after 200 environment steps" in cut
+    assert "| long | 60.0 ± 0.0 | 300.00 |" in cut
+    assert "| short | 60.0 ± 0.0 | 100.00 |" in cut
+
+
 def test_returns_of_isaac_lab_are_normalised(analyze, tmp_path):
     for env_id, scale in (("Isaac-Velocity-Flat-G1-v0", 1), ("Isaac-Reorient-Cube-Shadow-Direct", 1000)):
         for group, share in (("a", 1.0), ("b", 0.5)):
