@@ -10,6 +10,8 @@
   the whole iteration. Steps are environment steps, summed over --num-seeds; every part is charged an iteration's steps.
   Compiled programs only, after a warm-up call and up to their results' arrival. The policy is an untrained one: where a
   simulator's time depends on contacts, that of a trained one may differ;
+* --profile: what takes an iteration's time, by JAX's profiler: the names of a GPU's kernels, or of a CPU's operations, whose
+  times add up to the most;
 * memory: the device's peak after the iterations and before anything else ran (GPU only), and the process's largest resident
   set, compilation included.
 
@@ -42,6 +44,7 @@ class Options(Sizes):
 
     repeats: int = 5  # timed calls of each part
     starts: bool = True  # measure the start-up of whole processes too; --no-starts leaves it out
+    profile: bool = False  # profile an iteration
     output: str | None = None  # the JSON file; default: named after task and device
 
 # --------------------------------------------------------------------------------------------------------- start-up
@@ -143,6 +146,23 @@ def peak_memory(device: jax.Device) -> dict[str, int]:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"device": (device.memory_stats() or {}).get("peak_bytes_in_use"), "resident": resident}
 
+def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, float, int]]:
+    """Names, seconds and numbers of calls of what takes the most time in an iteration, on the device; 30 of them. On a CPU, an
+    operation's time has in it that of the operations that it calls."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(program(state))
+        trace, = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
+        devices = [plane for plane in planes if "GPU" in plane.name]
+        lines = [line for plane in devices for line in plane.lines if line.name.startswith("Stream")]
+        lines = lines or [line for plane in planes for line in plane.lines if "XLA" in line.name]
+        totals: dict[str, list[float]] = {}
+        for event in (event for line in lines for event in line.events):
+            total = totals.setdefault(re.sub(r"[.\d]+$", "", event.name), [0.0, 0])
+            total[0], total[1] = total[0] + event.duration_ns * 1e-9, total[1] + 1
+    return sorted(((name, seconds, int(calls)) for name, (seconds, calls) in totals.items()), key=lambda row: -row[1])[:30]
+
 # ---------------------------------------------------------------------------------------------------------- results
 def report(results: dict[str, Any], title: str) -> str:
     """The results as Markdown."""
@@ -156,7 +176,9 @@ def report(results: dict[str, Any], title: str) -> str:
         seconds = f"{x['first_iteration_logged']:.1f} s (of which compiling {x['compile']:.1f} s)"
         facts.append((f"start to first logged iteration, {name}", seconds))
     facts += [(f"peak memory, {name}", f"{x / 2**30:.2f} GiB") for name, x in results["memory"].items() if x]
-    return text + "\n" + markdown_table(("", ""), facts)
+    text += "\n" + markdown_table(("", ""), facts)
+    rows = [(name[:80], f"{seconds:.4f}", calls) for name, seconds, calls in results["profile"][:15]]
+    return text + ("\n" + markdown_table(("profile of an iteration", "s", "calls"), rows) if rows else "")
 
 def main() -> None:
     """Measure; the processes first, since afterwards this one holds the GPU."""
@@ -171,10 +193,12 @@ def main() -> None:
     device = agent.mesh.devices.flat[0]
     memory = peak_memory(device)
     seconds = {**measure_parts(agent, state, options.repeats), "whole iteration": iteration}
+    profile = profiled(program, state) if options.profile else []  # after all else: the iteration takes the state
     steps = args.batch_size * args.num_seeds
     rates = {name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x)) for name, x in seconds.items()}
     results = {"args": shown_args(args), "steps": steps, "steps_per_second": rates, "seconds": seconds,
-               "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory}
+               "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory, "profile": profile,
+               "matmul_precision": jax.config.jax_default_matmul_precision}
     kind = re.sub(r"\W+", "_", device.device_kind.lower())
     path = pathlib.Path(options.output or RESULTS / f"throughput_{args.env_id}_{kind}.json")
     write_json(path, results)

@@ -526,6 +526,7 @@ def test_learns_to_aim(name):
 SMALL = ("--preset cpu --num-envs 16 --num-steps 8 --num-epochs 1 --minibatch-size 64 --hidden-dim 16 --num-eval-envs 2 "
          "--total-timesteps 384 --eval-interval 20 --checkpoint-interval 1").split()
 TWO_DEVICES = dict(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+RESUMED = "ppo_mjx"  # its learner has what no other's has, a learning rate; checkpoints are the same text in all
 
 
 @pytest.fixture(scope="module")
@@ -541,7 +542,7 @@ def runner_of(name, folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_run(name, folder):
-    """Two seeds on two devices; continued from the second of three iterations, it is the same; evaluated, as at its end."""
+    """Two seeds on two devices. One of the baselines is continued from the second of three iterations, and evaluated."""
     runner = runner_of(name, folder)
     straight = runner.train("--num-seeds", "2", "--num-devices", "2", **TWO_DEVICES)
     assert straight.name.startswith(f"CartpoleBalance__{name}__1__")
@@ -554,6 +555,8 @@ def test_run(name, folder):
         assert all(np.isfinite(x) for event in events for x in event.values())
         assert 0 < events[-1]["eval/episodic_return"] <= 1000
     assert curves[0][0]["losses/critic"] != curves[1][0]["losses/critic"]
+    if name != RESUMED:
+        return
     other = folder / f"{name}_continued"
     shutil.copytree(straight, other)
     shutil.rmtree(other / "checkpoints" / "384")

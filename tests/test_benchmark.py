@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import stat
@@ -785,3 +786,69 @@ def test_form(name):
         assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
         assert depth(function) <= 2, f"{function.name} nests too deep"
         assert ast.get_docstring(function) or function.name.startswith("<"), f"{function.name} has no docstring"
+
+
+# --------------------------------------------------------------------------------------------------------- estimates
+@pytest.fixture
+def in_benchmark(monkeypatch):
+    """Scripts of benchmark/ import what they share as `common`."""
+    monkeypatch.syspath_prepend(str(tasks.ROOT / "benchmark"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_counted_operations(in_benchmark, width):
+    """XLA's count against that of the matrix products alone, by hand: a multiplication is two, and gradients take twice as many."""
+    estimate = in_benchmark("estimate")
+    args = estimate.trudi.Args(num_envs=32, num_steps=8, minibatch_size=64, num_epochs=2, hidden_dim=width, total_timesteps=256)
+    args = estimate.trudi.resolve(dataclasses.replace(args, env_id="CartpoleBalance"))
+    seen, critics, action, steps, atoms = 40, 50, 6, args.num_diffusion_steps, args.num_atoms
+    costs = estimate.learner_costs(args, seen, critics, action)
+    latent = 2 * (action * width + 3 * width**2 + width * action)  # a state's network at a denoising step
+    chain = 2 * seen * width + steps * latent
+    critic = 2 * ((critics + action) * width + width**2 + width * atoms)
+    expected = 2 * (3 * chain + 3 * chain + 3 * critic + 2 * critic) + 2 * chain + critic  # 2 epochs, rollout, targets
+    assert expected < costs["flop_per_step"] < (1.6 if width == 64 else 1.25) * expected
+    parameters = (seen + action + 32) * width + 3 * width**2 + width * action
+    parameters += (critics + action) * width + width**2 + width * atoms
+    assert parameters < costs["parameters"] < 1.1 * parameters + 20 * width + 4000
+    assert costs["learner_bytes"] > 3 * 4 * parameters  # Adam has two moments for each
+    assert costs["rollout_bytes"] > 4 * 256 * (2 * (seen + critics) + 2 * steps * action)
+
+
+# ----------------------------------------------------------------------------------------------- stages on a GPU
+@pytest.mark.parametrize("stage", ["throughput", "humanoid", "reppo", "dmc", "seeds"])
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_stages_are_commands_that_exist(stage, rehearse, tmp_path):
+    from benchmark import gpu
+    commands = gpu.STAGES[stage](gpu.Options(stage=stage, out=str(tmp_path), rehearse=rehearse))
+    for command, _ in commands:
+        words = shlex.split(command)
+        assert (tasks.ROOT / words[0]).exists() or words[:2] == ["-m", "benchmark.run"]
+        if words[0] == "-m":
+            result = subprocess.run([sys.executable, *words, "--dry-run"], cwd=tasks.ROOT, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert ("--num-envs 8" in result.stdout) == rehearse
+
+
+def test_stages_are_continued_elsewhere(tmp_path, monkeypatch):
+    """A command that is stopped in time, and whose runs are brought back where they are gone, with the newest checkpoint."""
+    from benchmark import gpu
+    script = tmp_path / "script.py"
+    script.write_text("import pathlib, signal, sys, time\n"
+                      "run = pathlib.Path('runs/gpu/run'); run.mkdir(parents=True, exist_ok=True)\n"
+                      "for k in (1, 2):\n    (run / 'checkpoints' / str(k)).mkdir(parents=True, exist_ok=True)\n"
+                      "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+                      "print('begun', flush=True)\ntime.sleep(60)\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "STAGES", {"humanoid": lambda options: [(str(script), {}), (str(script), {})]})
+    monkeypatch.setattr(sys, "argv", ["gpu", "humanoid", "--out", str(tmp_path / "out"), "--minutes", "0.05"])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            gpu.main()
+        assert stop.value.code == 1
+        assert [x.name for x in (tmp_path / "out" / "runs" / "run" / "checkpoints").iterdir()] == ["2"]
+        shutil.rmtree(tmp_path / "runs")
+    assert (tmp_path / "out" / "logs" / "humanoid_0.log").read_text().count("begun") == 2
+    gpu.copy_runs(tmp_path / "out" / "runs", tmp_path / "runs" / "gpu")
+    assert (tmp_path / "runs" / "gpu" / "run" / "checkpoints" / "2").is_dir()
