@@ -345,12 +345,13 @@ def write_cost(page: Page, outcomes: list[Outcome], throughput: tuple[str, ...])
     page.text("## Cost of the paper's experiments", "",
               "Ten runs of each task, at the median speed of any with Table 5's sizes.")
     page.table(("suite", "tasks", "steps of a run", "steps/s", "device", "hours of the device"), rows)
-    humanoids = SUITES["humanoid"].settings.total_timesteps
-    steps = {suite: 10 * number_of_tasks(suite) * data.settings.total_timesteps for suite, data in SUITES.items()}
-    hours = {suite: PAPER_HUMANOID[0][2] * total / humanoids for suite, total in steps.items()}
+    estimates = json.loads((ROOT / "benchmark" / "results" / "estimates.json").read_text())
+    hours = {suite: 10 * sum(row["flop"] for row in estimates["tasks"] if row["suite"] == suite)
+             / estimates["gpu_flop_per_second"] / 3600 for suite in SUITES}
     page.text(f"The paper's Table 2 has {PAPER_HUMANOID[0][2]} hours of an A100 or H100 for a run on a humanoid (cited): "
-              f"{hours['humanoid']:,.0f} hours for forty. If all suites were as fast, which nobody has measured, the "
-              f"{sum(steps.values()):,} steps of all would take {sum(hours.values()):,.0f} hours.")
+              f"{hours['humanoid']:,.0f} hours for forty. At the operations a second which that implies, counted by "
+              f"benchmark/estimate.py, all would take {sum(hours.values()):,.0f} hours of such a GPU: "
+              f"{', '.join(f'{title_of(suite)} {x:,.0f}' for suite, x in hours.items())}; more where simulators are slower.")
 
 def measured_speed(path: pathlib.Path) -> tuple[str, str, float] | None:
     """Suite, device and environment steps a second of a file of benchmark/throughput.py; None, and a word, at other sizes."""

@@ -10,7 +10,8 @@ the sizes of Table 5, counted and not measured, and the hours that they imply.
   and what XLA says a gradient step needs besides (of its CPU backend). The simulator's state is not in it.
 * hours: FLOP at a rate that was measured. On a GPU that is the paper's: 1.95 hours (Table 2, A100 or H100) for a run on one of
   the four humanoids, simulator included, imply so many FLOP/s, and a suite's runs are charged at that rate. On a CPU it is
-  benchmark/results/update_time_cpu.json's, a gradient step at the paper's width and minibatch.
+  benchmark/results/update_time_cpu.json's, a gradient step at the paper's width and minibatch. HumanoidBench's simulator runs
+  on a CPU anyway: its core-hours are from throughput_h1hand-walk-v0_cpu.json.
 
 Observations and actions are those that benchmark/all_tasks.py found, in benchmark/results/all_tasks_*.json; for ManiSkill, of
 which there is no such file, PushCube's are taken for all. Results: benchmark/results/estimates.json and estimates.md.
@@ -115,6 +116,12 @@ def cpu_rate(rows: list[dict[str, Any]]) -> tuple[float, str]:
     provenance = found[-1]["provenance"]
     return flop / statistics.median(found[-1]["seconds"]["JAX"]), f"{provenance['cpu']}, {provenance['device'].split(', ')[-1]}"
 
+def simulator_core_hours() -> float:
+    """Core-hours of HumanoidBench's simulator for ten runs of each task, as throughput_humanoidbench.py measured it."""
+    measured = json.loads((RESULTS / "throughput_h1hand-walk-v0_cpu.json").read_text())
+    speed = statistics.median(measured["results"]["2 workers"]["steps_per_second"]) / 2
+    return 10 * sum(task.settings.total_timesteps for task in tasks_of(["humanoidbench"])) / speed / 3600
+
 def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> str:
     """Both tables as Markdown."""
     suites = []
@@ -134,7 +141,9 @@ def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> 
     text = ("Written by `python benchmark/estimate.py`, which says how. Nothing was measured on a GPU of ours. GPU-hours are "
             f"of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's {HUMANOID_HOURS} hours for a humanoid "
             "imply, with that simulator's share; where a simulator is slower, as HumanoidBench's on a CPU, it takes more. "
-            f"CPU-hours are of {machine}, at {cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator.")
+            f"CPU-hours are of {machine}, at {cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator. "
+            f"HumanoidBench's simulator, measured, takes {simulator_core_hours():,.0f} core-hours besides: with 16 cores to a "
+            f"GPU, that waits for {simulator_core_hours() / 16:,.0f} hours.")
     return f"# Estimates\n\n{text}\n\n{table}\nOne run of each task, memory without the simulator's:\n\n{tasks}"
 
 def main() -> None:
