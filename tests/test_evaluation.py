@@ -91,3 +91,9 @@ def test_presets_are_flags():
     waiting = {field.name for field in dataclasses.fields(trudi.Args) if field.default is None}
     for table in (*trudi.SUITE.values(), *trudi.PRESET.values()):
         assert set(table) <= waiting
+
+
+def test_warp_is_of_the_version_that_mjx_wants():
+    """With another one MJX says nothing until a task is made with --impl warp, the default on a GPU."""
+    types = pytest.importorskip("mujoco.mjx.warp.types")
+    assert hasattr(types.GraphMode, "WARP")

@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flax>=0.12", "imageio-ffmpeg>=0.5", "jax>=0.10", "mediapy>=1.2", "optax>=0.2.5", "orbax-checkpoint>=0.11.20",
-#                 "playground>=0.2.0", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tyro>=1.0", "wandb>=0.19.10"]
+# dependencies = ["flax>=0.12", "imageio-ffmpeg>=0.5", "jax>=0.10", "mediapy>=1.2", "mujoco-mjx[warp]>=3.3", "optax>=0.2.5",
+#                 "orbax-checkpoint>=0.11.20", "playground>=0.2.0", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tyro>=1.0",
+#                 "wandb>=0.19.10"]
 # ///
 """FPO (Flow Policy Optimization, arXiv 2507.21053) on MuJoCo Playground, made from trudi_mjx.py.
 
