@@ -254,7 +254,8 @@ def write_wall_clock(page: Page, panels: dict[str, dict[str, Any]], colours: dic
     rows += [(SUITES["humanoid"].title, f"{name} (cited)", f"{hours * 60:.0f}", value, "", "A100 or H100")
              for name, value, hours in cited]
     page.table(("suite", "group", "minutes", "IQM of last evaluations", "IQM at matched minutes", "device"), rows)
-    page.table(("task", "matched minutes", "group", "IQM"), tasks)
+    if tasks:
+        page.table(("task", "matched minutes", "group", "IQM"), tasks)
     page.figure("wall_clock", "IQM over training time (the paper's Figure 5, left, and Table 2)",
                 figures.suites_figure(panels, colours, "hours", label_of(metric), {"humanoid": list(cited)}))
 
