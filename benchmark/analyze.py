@@ -379,12 +379,13 @@ def main() -> None:
         fail(f"no run in {' '.join(options.runs)} has {options.metric}")
     outcomes = with_missing(outcomes, options.seeds)
     own = [o for o in outcomes if not VARIANT.fullmatch(o.group)]
-    until = options.until_steps or np.inf
-    equal = [o for o in with_missing(read_outcomes(options.runs, options.metric, options.group_by, until), options.seeds)
-             if not VARIANT.fullmatch(o.group)]
+    equal = own
+    if options.until_steps:
+        cut = read_outcomes(options.runs, options.metric, options.group_by, options.until_steps)
+        equal = [o for o in with_missing(cut, options.seeds) if not VARIANT.fullmatch(o.group)]
     colours = dict(zip(dict.fromkeys(o.group for o in own), itertools.cycle(figures.COLOURS), strict=False))
     page = Page(pathlib.Path(options.out))
-    after = f"; tasks and suites are compared after {until:,} environment steps" if options.until_steps else ""
+    after = f"; tasks and suites are compared after {options.until_steps:,} environment steps" if options.until_steps else ""
     page.text("# Results", "", f"Written by `python -m benchmark.analyze`; the metric is `{options.metric}`{after}.")
     write_runs(page, outcomes)
     write_tasks(page, equal, colours, options.metric)
