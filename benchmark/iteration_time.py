@@ -159,7 +159,7 @@ def check_equal(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     losses = {name: float(calls[f"improve, {name}"]()[1]["losses/actor"]) for name in UNDONE}
     apart = {name: abs(loss / losses["as it is"] - 1) for name, loss in losses.items()}
     for name, difference in apart.items():
-        if difference > 1e-2 and "drawn again" not in name:  # rounding, over hundreds of steps of Adam
+        if difference > 1e-3 and "drawn again" not in name:  # rounding made 1e-7 of it on a CPU
             sys.exit(f"{name}: the loss is {losses[name]}, but {losses['as it is']} as it is")
     return apart
 
