@@ -36,8 +36,8 @@ class Drift:
         time = np.arange(1.0, len(self.h) + 1)[:, None] if self.time is None else self.time
         return observation, jnp.asarray(time, jnp.float32)
 
-    def __call__(self, state, time, latent):
-        return self.f(state, time, latent)
+    def __call__(self, observation_part, time_part, latent):
+        return self.f(observation_part, time_part, latent)
 
 
 def schedule(n_steps, friction=1.0):
@@ -140,9 +140,10 @@ class EndOrTimeOut:
         return sim._replace(reward=jnp.ones(()), done=sim.obs[0])
 
 
-def agent_for(env, args, time_limit):
-    """An Agent of a stand-in environment, built as the script builds its own."""
-    return trudi.Agent(args, env, time_limit, jax.sharding.Mesh(jax.devices()[:1], ("env",)))
+def setup_for(env, args, time_limit):
+    """The Setup of a stand-in environment, built as the script builds its own."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("env",))
+    return trudi.Setup(args, env, env.action_size, time_limit, mesh)
 
 
 def lively_actor(args, observation_size, action_size, seed):

@@ -29,19 +29,19 @@ def critic(observation, action):
 def train(args, actor, duals):
     """Iterations of a rollout and minibatch steps of actor and duals, as `iterate` has them; actor's and duals' end, KLs."""
     graph, params = trudi.nnx.split(actor)
-    actor_opt, _, dual_opt = trudi.optimizers(args)
+    actor_opt, _, dual_opt = trudi.make_optimizers(args)
     seen, shape = jnp.zeros((STATES, 1)), (args.num_diffusion_steps + 1, STATES, 1)
 
     def iteration(carry, key):
         old = trudi.nnx.merge(graph, carry[0])
         keys = jax.random.split(key, 1 + MINIBATCHES)
         chain = trudi.sample_chain(old, seen, jax.random.normal(keys[0], shape))
-        batch = trudi.Batch(seen, seen, chain.action, chain.latents, chain.means, None)
+        batch = trudi.Batch(seen, seen, chain.action, chain.trajectory, None)
 
         def step(carry, key):
             params, duals, actor_state, dual_state = carry
             (_, (bound, kl)), gradient = jax.value_and_grad(
-                lambda p: trudi.actor_loss(trudi.nnx.merge(graph, p), args, critic, duals, batch, old.step_sizes(),
+                lambda p: trudi.actor_loss(trudi.nnx.merge(graph, p), args, old, critic, duals, batch,
                                            jax.random.normal(key, shape)), has_aux=True)(params)
             update, actor_state = actor_opt.update(gradient, actor_state)
             params = jax.tree.map(jnp.add, params, update)

@@ -4,7 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import GRID, SIGMA, Drift, Mixture, density_after, expectation, lively_actor, schedule, small_args, squashed_entropy
+from probes import (
+    GRID,
+    SIGMA,
+    Drift,
+    Mixture,
+    density_after,
+    expectation,
+    lively_actor,
+    schedule,
+    small_args,
+    squashed_entropy,
+)
 from scipy.stats import norm
 
 import trudi_mjx as trudi
@@ -24,7 +35,7 @@ def normals(seed, *shape):
 
 def last_latents(chain, noise, h):
     """a^0 (B, A), which float32's tanh forgets where it saturates."""
-    return np.asarray(chain.means[:, 0] + np.sqrt(2 * h[0]) * noise[0], np.float64)
+    return np.asarray(chain.trajectory.means[:, 0] + np.sqrt(2 * h[0]) * noise[0], np.float64)
 
 
 def test_step_sizes():
@@ -54,7 +65,8 @@ def test_generative_kernels_have_the_stated_mean_and_variance():
     for n in range(1, n_steps + 1):  # draws in which a^N ... a^n are fixed, a^(n-1) random
         noise[n:, (n - 1) * draws:n * draws] = fixed[n:]
     chain = sample_chain(Drift(wiggle(jnp), h), jnp.asarray(state), jnp.asarray(noise))
-    latents = np.concatenate([last_latents(chain, noise, h)[:, None], chain.latents], 1).reshape(n_steps, draws, n_steps + 1, 2)
+    latents = np.concatenate([last_latents(chain, noise, h)[:, None], chain.trajectory.latents], 1)
+    latents = latents.reshape(n_steps, draws, n_steps + 1, 2)
     assert np.allclose(np.tanh(latents[:, :, 0]), chain.action.reshape(n_steps, draws, 2), atol=1e-6)
     for n in range(1, n_steps + 1):
         now, later = latents[n - 1, :, n], latents[n - 1, :, n - 1]
@@ -62,13 +74,13 @@ def test_generative_kernels_have_the_stated_mean_and_variance():
         mean = now[0] + h[n - 1] * (-now[0] / SIGMA**2 + wiggle(np)(state[0], n, now[0]))
         np.testing.assert_allclose(later.mean(0), mean, atol=4.5 * np.sqrt(2 * h[n - 1].max() / draws))
         np.testing.assert_allclose(later.var(0), 2 * h[n - 1], rtol=4.5 * np.sqrt(2 / draws))
-        np.testing.assert_allclose(chain.means.reshape(n_steps, draws, n_steps, 2)[n - 1, 0, n - 1], mean, atol=1e-5)
+        np.testing.assert_allclose(chain.trajectory.means.reshape(n_steps, draws, n_steps, 2)[n - 1, 0, n - 1], mean, atol=1e-5)
 
 
 def test_prior_has_the_stated_std():
     for std in (2.5, 0.8):
         chain = sample_chain(Drift(wiggle(jnp), schedule(2), prior_std=std), jnp.zeros(()), normals(3, 3, 40_000, 1))
-        first = np.asarray(chain.latents[:, -1])
+        first = np.asarray(chain.trajectory.latents[:, -1])
         assert abs(first.mean()) < 4.5 * std / 200
         np.testing.assert_allclose(first.var(), std**2, rtol=4.5 * np.sqrt(2 / 40_000))
 
@@ -97,7 +109,7 @@ def test_bound_is_the_log_ratio_of_the_two_processes(n_steps):
     """Eq. 117 chain by chain, with scipy's densities in double precision."""
     h, noise, state = schedule(n_steps, np.array([1.0, 0.3])), np.asarray(normals(5, n_steps + 1, 64, 2)), np.ones((64, 2))
     chain = sample_chain(Drift(wiggle(jnp), h), jnp.asarray(state), jnp.asarray(noise))
-    latents = [last_latents(chain, noise, h), *np.moveaxis(np.asarray(chain.latents, np.float64), 1, 0)]
+    latents = [last_latents(chain, noise, h), *np.moveaxis(np.asarray(chain.trajectory.latents, np.float64), 1, 0)]
     bound = -norm.logpdf(latents[n_steps], 0, SIGMA).sum(-1) - 2 * np.log(np.cosh(latents[0])).sum(-1)
     for n in range(1, n_steps + 1):
         std = np.sqrt(2 * h[n - 1])
@@ -118,7 +130,7 @@ def test_untrained_policy_is_the_prior():
     draws = 60_000
     actor, noise = trudi.Actor(small_args(), 3, 2, trudi.nnx.Rngs(0)), normals(7, 9, draws, 2)
     chain = trudi.sample_chain(actor, normals(8, draws, 3), noise)
-    marginals = [last_latents(chain, noise, schedule(8)), *np.moveaxis(np.asarray(chain.latents, np.float64), 1, 0)]
+    marginals = [last_latents(chain, noise, schedule(8)), *np.moveaxis(np.asarray(chain.trajectory.latents, np.float64), 1, 0)]
     for latent in marginals:
         np.testing.assert_allclose(latent.mean(0), 0, atol=4.5 * SIGMA / np.sqrt(draws))
         np.testing.assert_allclose(latent.var(0), SIGMA**2, atol=4.5 * SIGMA**2 * np.sqrt(2 / draws) + 0.01)

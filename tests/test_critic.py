@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import Counter, Sim, agent_for, lively_actor, small_args
+from probes import Counter, Sim, lively_actor, setup_for, small_args
 from scipy.stats import norm
 
 import trudi_mjx as trudi
@@ -51,7 +51,7 @@ def test_critic_descends_to_its_targets():
     """Cross-entropy is least, the targets' entropy, at the targets themselves."""
     args = small_args()
     returns = jnp.array([0.0, 3.3, 77.0, 150.0])
-    batch = trudi.Batch(*[None] * 5, target=returns)
+    batch = trudi.Batch(*[None] * 4, target=returns)
     entropy = -(trudi.hl_gauss(args, returns) * jnp.log(trudi.hl_gauss(args, returns) + 1e-30)).sum(-1).mean()
 
     def loss(logits):
@@ -112,7 +112,7 @@ def test_a_simulation_that_has_become_nan_pays_nothing_more():
     """But a NaN reward of one that goes on is left for the losses to stop at."""
     zeros = jnp.zeros(4)
     sim = Sim(zeros, jnp.array([2.0, jnp.nan, jnp.nan, 3.0]), jnp.array([0.0, 0.0, 1.0, 1.0]), zeros, zeros)
-    stepped = trudi.over_envs(agent_for(Counter(), small_args(), 9), lambda sim: sim, sim)
+    stepped = trudi.over_envs(setup_for(Counter(), small_args(), 9), lambda sim: sim, sim)
     np.testing.assert_array_equal(stepped.reward, [2, np.nan, 0, 3])
 
 
@@ -123,12 +123,13 @@ def test_values_of_a_constant_reward(limit):
     A termination after five steps makes the k-th state worth (1 - 0.9^(5 - k)) / 0.1; a time-out leaves it worth 10.
     """
     args = dataclasses.replace(small_args(num_envs=32), gamma=0.9, td_lambda=0.6)
-    agent = agent_for(Counter(5 if limit == "termination" else 1000), args, 5 if limit == "time-out" else 1000)
-    env = trudi.env_reset(agent, jax.random.PRNGKey(0))
+    setup = setup_for(Counter(5 if limit == "termination" else 1000), args, 5 if limit == "time-out" else 1000)
+    env = trudi.env_reset(setup, jax.random.PRNGKey(0))
 
     def step(env, _):
-        after, (_, terminated, truncated, after_obs, _) = trudi.env_step(agent, env, jnp.zeros((32, 1)))
-        return after, (env.sim.obs[:, 0].astype(int), terminated, truncated, after_obs[:, 0].astype(int))
+        after, outcome = trudi.env_step(setup, env, jnp.zeros((32, 1)))
+        before, later = (x[:, 0].astype(int) for x in (env.sim.obs, outcome.next_observation))
+        return after, (before, outcome.terminated, outcome.truncated, later)
 
     _, (state, terminated, truncated, after) = jax.lax.scan(step, env, None, 40)
     assert {int(x) for x in np.unique(after)} == {1, 2, 3, 4, 5}
@@ -145,20 +146,20 @@ def test_values_of_a_constant_reward(limit):
 
 
 # -------------------------------------------------------------------------------------------------------- episodes
-def play(agent, env, steps):
-    """Transition's fields from reward on, of every step."""
-    return jax.lax.scan(lambda env, _: trudi.env_step(agent, env, jnp.zeros((agent.args.num_envs, 1))), env, None, steps)
+def play(setup, env, steps):
+    """The last state, and the outcomes of every step."""
+    return jax.lax.scan(lambda env, _: trudi.env_step(setup, env, jnp.zeros((setup.args.num_envs, 1))), env, None, steps)
 
 
 def test_episodes_end_and_restart():
     """Environment e terminates after 3, 4, ... steps, the time limit is 6; clocks start at 0."""
     args = small_args(num_envs=8, num_eval_envs=8)
-    agent = agent_for(Counter(), args, 6)
-    start = trudi.env_reset(agent, jax.random.PRNGKey(0))
+    setup = setup_for(Counter(), args, 6)
+    start = trudi.env_reset(setup, jax.random.PRNGKey(0))
     limits = jnp.arange(3, 11)
     sim = start.sim._replace(limit=limits)
-    after, (reward, terminated, truncated, observation, (ended, total, length)) = play(
-        agent, start._replace(sim=sim, reset_to=sim, clock=jnp.zeros(8, int)), 13)
+    after, (reward, terminated, truncated, observation, ended, total, length) = play(
+        setup, start._replace(sim=sim, starts=sim, clock=jnp.zeros(8, int)), 13)
     for e, limit in enumerate(range(3, 11)):
         period = min(limit, 6)
         step = 1 + np.arange(13) % period  # of the present episode, after stepping
@@ -182,23 +183,23 @@ def test_buffers_shared_by_all_environments_are_not_reset(monkeypatch):
     sim = {"own": jnp.ones((2, 3)), "shared": jnp.ones(5)}
     fake = namedtuple("Fake", "data reward done obs")
     sims = [fake({k: scale * v for k, v in sim.items()}, *[jnp.array([0.0, scale])] * 3) for scale in (1.0, 0.0)]
-    monkeypatch.setattr(trudi, "over_envs", lambda agent, step, sim, action: sim)
+    monkeypatch.setattr(trudi, "over_envs", lambda setup, step, sim, action: sim)
     zeros = jnp.zeros(2, int)
-    after, _ = trudi.env_step(agent_for(Counter(), small_args(), 9), trudi.EnvState(*sims, zeros, zeros, jnp.zeros(2)), None)
+    after, _ = trudi.env_step(setup_for(Counter(), small_args(), 9), trudi.EnvState(*sims, zeros, zeros, jnp.zeros(2)), None)
     np.testing.assert_array_equal(after.sim.data["own"], [[1] * 3, [0] * 3])
     np.testing.assert_array_equal(after.sim.data["shared"], 1)
 
 
 def test_clocks_start_spread_out_and_first_episodes_are_not_counted():
     args = small_args(num_envs=512, num_steps=1, minibatch_size=512)
-    agent = agent_for(Counter(), args, 20)
-    start = trudi.env_reset(agent, jax.random.PRNGKey(3))
+    setup = setup_for(Counter(), args, 20)
+    start = trudi.env_reset(setup, jax.random.PRNGKey(3))
     counts = np.bincount(start.clock, minlength=20)
     assert len(counts) == 20
     assert counts.min() > 5
     assert counts.max() < 60
     np.testing.assert_array_equal(start.length, 0)
-    after, (_, terminated, truncated, _, (ended, _, length)) = play(agent, start, 40)
+    after, (_, terminated, truncated, _, ended, _, length) = play(setup, start, 40)
     assert not terminated.any()
     np.testing.assert_array_equal(truncated.sum(0), 2)  # the one begun in the middle, and a whole one
     np.testing.assert_array_equal(ended[:20].sum(0), start.clock == 0)
@@ -214,38 +215,38 @@ def test_episodes_start_from_fresh_states(time_limit, kept):
             return super().reset(key)._replace(obs=jax.random.uniform(key, (1,)))
 
     args = small_args()
-    agent = agent_for(Draws(), args, time_limit)
-    env = trudi.env_reset(agent, jax.random.PRNGKey(0))
+    setup = setup_for(Draws(), args, time_limit)
+    env = trudi.env_reset(setup, jax.random.PRNGKey(0))
     assert len(np.unique(env.sim.obs)) == args.num_envs
     statistics = trudi.Statistics(jnp.zeros(()), jnp.stack([jnp.zeros(1), jnp.ones(1)]))
     actor = trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0))
-    run = jax.jit(lambda env, key: trudi.rollout(agent, actor, statistics, env, key))
-    (second, _), first = run(run(env, jax.random.PRNGKey(1))[0], jax.random.PRNGKey(2)), env.reset_to.obs
-    np.testing.assert_array_equal(second.reset_to.obs[:kept], first[args.num_envs - kept:])
-    assert len(np.unique(np.concatenate([first, second.reset_to.obs]))) == 2 * args.num_envs - kept
+    run = jax.jit(lambda env, key: trudi.rollout(setup, actor, statistics, env, key))
+    (second, _), first = run(run(env, jax.random.PRNGKey(1))[0], jax.random.PRNGKey(2)), env.starts.obs
+    np.testing.assert_array_equal(second.starts.obs[:kept], first[args.num_envs - kept:])
+    assert len(np.unique(np.concatenate([first, second.starts.obs]))) == 2 * args.num_envs - kept
 
 
 def test_rollout_keeps_what_acted():
     """Chains at the normalised observation, clipped actions, and observations that follow each other."""
     args = small_args()
-    agent = agent_for(Counter(), args, 5)
-    env = trudi.env_reset(agent, jax.random.PRNGKey(0))
+    setup = setup_for(Counter(), args, 5)
+    env = trudi.env_reset(setup, jax.random.PRNGKey(0))
     statistics = trudi.Statistics(jnp.ones(()), jnp.array([[2.0], [3.99]]))
     actor = lively_actor(args, 1, 1, seed=0)
-    _, data = jax.jit(lambda env, key: trudi.rollout(agent, actor, statistics, env, key))(env, jax.random.PRNGKey(1))
-    assert data.latents.shape == data.means.shape == (8, 16, 8, 1)
+    _, data = jax.jit(lambda env, key: trudi.rollout(setup, actor, statistics, env, key))(env, jax.random.PRNGKey(1))
+    assert data.trajectory.latents.shape == data.trajectory.means.shape == (8, 16, 8, 1)
     assert np.abs(data.action).max() == np.float32(0.999)
     going_on = ~np.asarray(data.terminated | data.truncated)[:-1]
     np.testing.assert_array_equal(data.next_observation[:-1][going_on], data.observation[1:][going_on])
     np.testing.assert_array_equal(data.observation[1:][~going_on], 0)
     steps, last = actor.step_sizes(), jnp.arctanh(data.action)
-    rows = [x.reshape(128, -1, 1) for x in (data.latents, data.means)]
+    rows = jax.tree.map(lambda x: x.reshape(128, -1, 1), data.trajectory)
     for offset, largest in ((2, 1e-5), (0, np.inf)):
-        kl = trudi.trajectory_kl(actor, (data.observation.reshape(128, 1) - offset) / 2, *rows, steps)
+        kl = trudi.trajectory_kl(actor, actor, (data.observation.reshape(128, 1) - offset) / 2, rows)
         assert 0 <= np.abs(kl).max() < largest
     assert np.abs(kl).max() > 1e-3  # it matters what the actor saw
     inside = np.abs(data.action) < 0.99
-    deviation = np.asarray((last - data.means[:, :, 0]) / np.sqrt(2 * steps[0]))[inside]
+    deviation = np.asarray((last - data.trajectory.means[:, :, 0]) / np.sqrt(2 * steps[0]))[inside]
     assert 0.5 < deviation.std() < 1.5  # a^0 was drawn around the first mean
 
 
@@ -254,8 +255,7 @@ def test_statistics_of_batches_are_those_of_their_union():
     rng = np.random.default_rng(2)
     kinds = ((5, 1, 8), (-3, 10, 1), (100, 0.1, 30), (0, 2, 4))
     batches = [rng.normal(loc, scale, (steps, 16, 3)) for loc, scale, steps in kinds]
-    empty = jnp.zeros((2, 3))
-    statistics = trudi.Statistics(jnp.zeros(()), {"state": empty, "privileged_state": empty[:, :2]})
+    statistics = trudi.init_statistics({"state": jnp.zeros((16, 3)), "privileged_state": jnp.zeros((16, 2))})
     for batch in batches:
         observations = {"state": jnp.asarray(batch), "privileged_state": jnp.asarray(2 * batch[..., :2])}
         statistics = trudi.update_statistics(statistics, observations)
@@ -273,6 +273,6 @@ def test_normalized_observations():
 
 
 def test_privileged_observations_are_the_critics():
-    seen = trudi.views({"state": jnp.zeros((2, 3)), "privileged_state": jnp.ones((2, 5))})
+    seen = trudi.network_inputs({"state": jnp.zeros((2, 3)), "privileged_state": jnp.ones((2, 5))})
     assert [x.shape for x in seen] == [(2, 3), (2, 5)]
-    assert [x.shape for x in trudi.views(jnp.zeros((2, 4)))] == [(2, 4), (2, 4)]
+    assert [x.shape for x in trudi.network_inputs(jnp.zeros((2, 4)))] == [(2, 4), (2, 4)]

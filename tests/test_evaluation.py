@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import SIGMA, Counter, EndOrTimeOut, agent_for, schedule, small_args
+from probes import SIGMA, Counter, EndOrTimeOut, schedule, setup_for, small_args
 
 import trudi_mjx as trudi
 
@@ -25,8 +25,9 @@ def actions(**changes):
     """Of the untrained policy, which is symmetric, in as many states."""
     args = small_args(num_atoms=2, v_min=-1.0, v_max=1.0, **changes)
     learner = trudi.Learner(trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0)), critic, *[None] * 4)
-    agent = agent_for(Counter(), args, 3)
-    return np.asarray(jax.jit(lambda key: trudi.evaluation_action(agent, learner, (jnp.zeros((STATES, 1)),) * 2, key))(
+    setup = setup_for(Counter(), args, 3)
+    seen = jnp.zeros((STATES, 1))
+    return np.asarray(jax.jit(lambda key: trudi.evaluation_action(setup, learner, trudi.Inputs(seen, seen), key))(
         jax.random.PRNGKey(1)))
 
 
@@ -54,10 +55,10 @@ def test_ode_scales_the_noise(c):
 def evaluated():
     """Of 64 episodes: half terminate after one step, the others last until the time limit of three; 1 is paid a step."""
     args = small_args(num_eval_envs=64, num_diffusion_steps=2)
-    agent = agent_for(EndOrTimeOut(), args, 3)
-    state = jax.jit(lambda key: trudi.init_state(agent, key))(jax.random.PRNGKey(0))
-    metrics, _ = jax.jit(lambda state: trudi.evaluate(agent, state))(state)
-    names = {*metrics, *jax.eval_shape(lambda: trudi.iterate(agent, state))[1]}
+    setup = setup_for(EndOrTimeOut(), args, 3)
+    state = jax.jit(lambda key: trudi.init_state(setup, key))(jax.random.PRNGKey(0))
+    metrics, _ = jax.jit(lambda state: trudi.evaluate(setup, state))(state)
+    names = {*metrics, *jax.eval_shape(lambda: trudi.iterate(setup, state))[1]}
     return {name: float(x) for name, x in metrics.items()}, names
 
 
@@ -82,8 +83,8 @@ def test_readme_names_metrics_that_are_logged(evaluated):
 def test_dmc_tasks_can_be_made():
     """With the MuJoCo that is installed; Playground's two Reachers want one whose version is not 3.10 to 3.17, or our help."""
     for env_id in trudi.DMC:
-        agent = trudi.make_agent(small_args(env_id=env_id))
-        assert agent.time_limit == 1000 and agent.env.action_size > 0
+        setup = trudi.make_setup(small_args(env_id=env_id))
+        assert setup.time_limit == 1000 and setup.action_size > 0
 
 
 def test_presets_are_flags():

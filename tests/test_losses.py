@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import SIGMA, Drift, EndOrTimeOut, agent_for, density_after, expectation, lively_actor, schedule, small_args
+from probes import (
+    SIGMA,
+    Drift,
+    EndOrTimeOut,
+    density_after,
+    expectation,
+    lively_actor,
+    schedule,
+    setup_for,
+    small_args,
+)
 from scipy.stats import norm
 
 import trudi_mjx as trudi
@@ -32,9 +42,9 @@ def test_trajectory_kl_is_the_mean_log_ratio(frictions):
     old, new = (Drift(f, sizes) for f, sizes in zip(drifts(jnp), h, strict=True))
     noise, state = np.asarray(normals(1, n_steps + 1, draws, 2)), 0.4
     chain = jax.jit(lambda noise: trudi.sample_chain(old, jnp.full((draws, 1), state), noise))(noise)
-    kl = np.asarray(trudi.trajectory_kl(new, jnp.full((draws, 1), state), chain.latents, chain.means, jnp.asarray(h[0])))
-    latents = np.asarray(chain.latents, np.float64)
-    later = np.concatenate([(chain.means[:, 0] + np.sqrt(2 * h[0][0]) * noise[0])[:, None], latents[:, :-1]], 1)
+    kl = np.asarray(trudi.trajectory_kl(new, old, jnp.full((draws, 1), state), chain.trajectory))
+    latents = np.asarray(chain.trajectory.latents, np.float64)
+    later = np.concatenate([(chain.trajectory.means[:, 0] + np.sqrt(2 * h[0][0]) * noise[0])[:, None], latents[:, :-1]], 1)
     n = np.arange(1, n_steps + 1)[:, None]
     log_density = [norm.logpdf(later, latents + sizes * (f(state, n, latents) - latents / SIGMA**2), np.sqrt(2 * sizes))
                    for f, sizes in zip(drifts(np), h, strict=True)]
@@ -52,7 +62,7 @@ def test_trajectory_kl_bounds_the_kl_of_the_actions():
     marginal = expectation(density[0], np.log(np.maximum(density[0], 1e-300) / np.maximum(density[1], 1e-300)))
     old, new = (Drift(f, sizes[:, None]) for f, sizes in zip(drifts(jnp), h, strict=True))
     chain = trudi.sample_chain(old, jnp.zeros((40_000, 1)), normals(2, 9, 40_000, 1))
-    kl = np.asarray(trudi.trajectory_kl(new, jnp.zeros((40_000, 1)), chain.latents, chain.means, old.step_sizes()))
+    kl = np.asarray(trudi.trajectory_kl(new, old, jnp.zeros((40_000, 1)), chain.trajectory))
     assert marginal > 0.02
     assert kl.mean() - 4 * kl.std() / 200 > marginal
 
@@ -62,7 +72,7 @@ def test_trajectory_kl_of_a_shift():
     h = schedule(8, np.array([1.0, 0.5]))
     old, new = Drift(lambda state, n, a: jnp.cos(a), h), Drift(lambda state, n, a: jnp.cos(a) + jnp.array([0.7, -2.0]), h)
     chain = trudi.sample_chain(old, jnp.zeros((5, 1)), normals(3, 9, 5, 2))
-    kl = trudi.trajectory_kl(new, jnp.zeros((5, 1)), chain.latents, chain.means, old.step_sizes())
+    kl = trudi.trajectory_kl(new, old, jnp.zeros((5, 1)), chain.trajectory)
     np.testing.assert_allclose(kl, (h * np.array([0.49, 4.0])).sum() / 4, rtol=1e-3)
 
 
@@ -77,8 +87,8 @@ def split():
     old, actor = (lively_actor(args, 3, 2, seed=3) for _ in range(2))
     actor.hidden[0].bias[...] += 0.35 * normals(4, args.hidden_dim)
     seen, noise = normals(5, 24, 3) * jnp.linspace(0.1, 3, 24)[:, None], normals(7, N_STEPS + 1, 24, 2)
-    chain, old_h = trudi.sample_chain(old, seen, normals(6, N_STEPS + 1, 24, 2)), old.step_sizes()
-    data = trudi.Batch(seen, seen, chain.action, chain.latents, chain.means, jnp.zeros(24))
+    chain = trudi.sample_chain(old, seen, normals(6, N_STEPS + 1, 24, 2))
+    data = trudi.Batch(seen, seen, chain.action, chain.trajectory, jnp.zeros(24))
     graph, params = trudi.nnx.split(actor)
 
     def q_of(observation, action):
@@ -91,12 +101,13 @@ def split():
 
         duals = {"log_alpha": jnp.log(alpha), "log_lambda": jnp.log(lambda_)}
         bounded = dataclasses.replace(args, trust_region_bound=bound)
-        return trudi.actor_loss(trudi.nnx.merge(graph, params), bounded, critic, duals, rows, old_h, noise)[0]
+        return trudi.actor_loss(trudi.nnx.merge(graph, params), bounded, old, critic, duals, rows, noise)[0]
 
     def parts(params):
         actor = trudi.nnx.merge(graph, params)
         chain = trudi.sample_chain(actor, seen, noise)
-        return chain.entropy_bound, q_of(seen, chain.action), trudi.trajectory_kl(actor, seen, data.latents, data.means, old_h)
+        kl = trudi.trajectory_kl(actor, old, seen, data.trajectory)
+        return chain.entropy_bound, q_of(seen, chain.action), kl
 
     def single(*settings):  # batches of one state each
         rows = jax.tree.map(lambda x: x[:, None], data)
@@ -154,7 +165,7 @@ def test_duals_move_the_right_way(surplus, excess):
     gradient = jax.grad(trudi.dual_loss)(duals, args, bound, kl, 3)
     np.testing.assert_allclose(gradient["log_alpha"], 0.5 * surplus, rtol=1e-4)
     np.testing.assert_allclose(gradient["log_lambda"], -0.2 * excess, rtol=1e-4)
-    optimizer = trudi.optimizers(args)[2]
+    optimizer = trudi.make_optimizers(args).duals
     update, _ = optimizer.update(gradient, optimizer.init(duals))
     np.testing.assert_allclose(update["log_alpha"], -np.sign(surplus) * args.dual_learning_rate, rtol=1e-3)
     np.testing.assert_allclose(update["log_lambda"], np.sign(excess) * args.dual_learning_rate, rtol=1e-3)
@@ -162,7 +173,7 @@ def test_duals_move_the_right_way(surplus, excess):
 
 def test_gradients_of_actor_and_critic_are_clipped_apart():
     args = small_args(actor_learning_rate=0.1, critic_learning_rate=0.2)
-    for optimizer, rate in zip(trudi.optimizers(args)[:2], (0.1, 0.2), strict=True):
+    for optimizer, rate in zip(trudi.make_optimizers(args)[:2], (0.1, 0.2), strict=True):
         params = jnp.zeros(4)
         first, state = optimizer.update(jnp.full(4, 100.0), optimizer.init(params))  # norm 200, clipped to 0.5
         second, _ = optimizer.update(jnp.full(4, 0.25), state)  # norm 0.5, as large as the first
@@ -173,18 +184,18 @@ def test_gradients_of_actor_and_critic_are_clipped_apart():
 # -------------------------------------------------------------------------------------------------------- iteration
 @pytest.fixture(scope="module")
 def probe():
-    """An agent on EndOrTimeOut, its state after 300 iterations of one minibatch each, and the metrics of all."""
+    """An setup on EndOrTimeOut, its state after 300 iterations of one minibatch each, and the metrics of all."""
     args = small_args(env_id="G1JoystickRoughTerrain", num_envs=16, num_steps=8, minibatch_size=128, num_epochs=1, gamma=0.5,
                       num_diffusion_steps=2, actor_learning_rate=3e-3, critic_learning_rate=3e-3, total_timesteps=16 * 8 * 300)
-    agent = agent_for(EndOrTimeOut(), args, 3)
-    start = jax.jit(lambda key: trudi.init_state(agent, key))(jax.random.PRNGKey(1))
-    run = jax.jit(lambda state: jax.lax.scan(lambda s, _: trudi.iterate(agent, s), state, None, 300))
+    setup = setup_for(EndOrTimeOut(), args, 3)
+    start = jax.jit(lambda key: trudi.init_state(setup, key))(jax.random.PRNGKey(1))
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, _: trudi.iterate(setup, s), state, None, 300))
 
     def advance(state):  # of arrays like the first ones, so that it is compiled once
         values = zip(jax.tree.leaves(start), jax.tree.leaves(state), strict=True)
         return run(jax.tree.unflatten(jax.tree.structure(start), [old.at[...].set(new) for old, new in values]))
 
-    return agent, *advance(start), start, advance
+    return setup, *advance(start), start, advance
 
 
 def test_kl_is_zero_before_an_iterations_first_update(probe):
@@ -198,8 +209,8 @@ def test_kl_is_zero_before_an_iterations_first_update(probe):
 
 def test_kl_is_zero_while_statistics_move(probe):
     """The observations' mean moves from 5 to 2.75 within the iteration, of an actor that sees the difference."""
-    agent, _, _, start, advance = probe
-    actor = trudi.nnx.state(lively_actor(agent.args, 1, 1, seed=5))
+    setup, _, _, start, advance = probe
+    actor = trudi.nnx.state(lively_actor(setup.args, 1, 1, seed=5))
     statistics = trudi.Statistics(jnp.array(128.0), jnp.array([[5.0], [9.0]]))
     learner = start.learner._replace(actor=actor)
     state, metrics = advance(start._replace(learner=learner, statistics=statistics, iteration=jnp.ones((), int)))
@@ -219,18 +230,18 @@ def test_first_rollout_seeds_the_statistics(probe):
 def test_values_of_a_termination_and_of_a_time_out(probe):
     """Rewards of 1 until a termination after one step are worth 1; until time-outs, 1 / (1 - 0.5) = 2, and the entropy bonus
     of at most 0.7 alpha a step."""
-    agent, state, metrics, *_ = probe
+    setup, state, metrics, *_ = probe
     kinds = jnp.array([[1.0], [0.0]])  # terminates, never does
     seen = trudi.normalize(state.statistics, jnp.repeat(kinds, 50, 0))
     action = jnp.tile(jnp.linspace(-0.9, 0.9, 50)[:, None], (2, 1))
-    q = np.asarray(trudi.q_value(agent.args, state.learner.critic(seen, action))).reshape(2, 50)
+    q = np.asarray(trudi.q_value(setup.args, state.learner.critic(seen, action))).reshape(2, 50)
     assert metrics["entropy/alpha"].max() < 0.03
     np.testing.assert_allclose(q.mean(1), [1, 2], atol=0.12)
     np.testing.assert_array_equal(metrics["critic/targets_clipped"], 0)
 
 
 def test_iterations_count_and_metrics_are_finite(probe):
-    agent, state, metrics, *_ = probe
+    setup, state, metrics, *_ = probe
     assert int(state.iteration) == 300
     assert float(state.statistics.count) == 300 * 128
     for name, values in metrics.items():

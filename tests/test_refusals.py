@@ -17,7 +17,8 @@ import trudi_mjx as trudi
 
 ROOT = pathlib.Path(trudi.__file__).parent
 SIZES = dict(preset="cpu", num_envs=16, num_steps=8, minibatch_size=64, num_eval_envs=4, total_timesteps=1280)
-POSITIVE = ("num_seeds num_devices total_timesteps num_envs num_steps num_epochs minibatch_size max_grad_norm hidden_dim "
+POSITIVE = ("num_seeds episode_length num_devices total_timesteps num_envs num_steps num_epochs minibatch_size "
+            "max_grad_norm hidden_dim "
             "actor_learning_rate critic_learning_rate dual_learning_rate num_diffusion_steps prior_std trust_region_bound "
             "num_atoms best_of_k eval_interval num_eval_envs checkpoint_interval").split()
 NAN = float("nan")
@@ -87,7 +88,7 @@ def run(tmp_path):
     """A run's folder, of which the checkpoint holds something else than a training state."""
     args = dataclasses.asdict(small_args(total_timesteps=128))
     (tmp_path / "args.json").write_text(json.dumps({"args": args, "script": "trudi_mjx"}))
-    trudi.save_checkpoint(tmp_path, {"a.b": np.arange(1000.0), "c": np.zeros((20, 30))}, 128, 12.5)
+    trudi.save_checkpoint(tmp_path, {"a.b": np.arange(1000.0), "c": np.zeros((20, 30))}, 128, {"wall_time": np.float64(12.5)})
     return tmp_path
 
 

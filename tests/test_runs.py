@@ -191,9 +191,9 @@ def test_loss_that_is_not_finite_stops_the_run(runner, straight):
     name = next(name for name in arrays if name.startswith("learner.critic.") and name.endswith("kernel.value"))
     arrays[name] = np.full_like(arrays[name], np.nan)
     shutil.rmtree(folder / "checkpoints")
-    trudi.save_checkpoint(folder, arrays, 5120, saved["wall_time"])
+    trudi.save_checkpoint(folder, arrays, 5120, {"wall_time": saved["wall_time"]})
     _, err = runner.run("--resume", str(folder), "--total-timesteps", "5376", code=1)
-    assert "iteration 41" in err and "not finite" in err
+    assert "iteration 41" in err and "losses/critic" in err and "not finite" in err
     assert (folder / "diverged" / "checkpoints" / "5248").is_dir() and not (folder / "checkpoints" / "5248").exists()
 
 
