@@ -1,6 +1,10 @@
-"""trudi_isaaclab.py: its environments, its loop, its command line; with mjlab, a stand-in for Isaac Lab 2.3's interface and, if
-TRUDI_ISAACLAB_PYTHON names an interpreter that has it, Isaac Lab 3.0. The learner is test_parity.py's, word by word."""
+"""trudi_isaaclab.py: its environments, its loop, its command line.
 
+With mjlab, with a stand-in for Isaac Lab 2.3's interface and, if TRUDI_ISAACLAB_PYTHON names an interpreter
+that has it, with Isaac Lab 3.0. The learner is test_parity.py's, word by word.
+"""
+
+import ast
 import dataclasses
 import json
 import os
@@ -24,18 +28,32 @@ import trudi_isaaclab as trudi  # noqa: E402
 ROOT = pathlib.Path(trudi.__file__).parent
 TESTS = ROOT / "tests"
 CPU = torch.device("cpu")
-SIZES = dict(preset="cpu", num_envs=2, num_steps=8, minibatch_size=8, num_epochs=1, hidden_dim=16, num_diffusion_steps=2,
-             total_timesteps=64, eval_interval=2, checkpoint_interval=1)
+SIZES = dict(
+    preset="cpu",
+    num_envs=2,
+    num_steps=8,
+    minibatch_size=8,
+    num_epochs=1,
+    hidden_dim=16,
+    num_diffusion_steps=2,
+    total_timesteps=64,
+    eval_interval=2,
+    checkpoint_interval=1,
+)
 PATIENCE = float(os.environ.get("TRUDI_TEST_PATIENCE", "3"))
 ISAACLAB = os.environ.get("TRUDI_ISAACLAB_PYTHON")
-needs_isaaclab = pytest.mark.skipif(not ISAACLAB, reason="TRUDI_ISAACLAB_PYTHON names no interpreter that has Isaac Lab 3.0")
+needs_isaaclab = pytest.mark.skipif(
+    not ISAACLAB, reason="TRUDI_ISAACLAB_PYTHON names no interpreter that has Isaac Lab 3.0"
+)
 
 
-# ---------------------------------------------------------------------------------------------------- environments
+# ----------------------------------------------------------------------------------------------- environments
 class Fake:
-    """Isaac Lab's interface around counters, whose i-th environment terminates after ends[i] steps and is late after 6: it
-    observes the steps of its episode, ten times as much for the critic, and pays as much as the step's number. `kind` is the
-    simulator whose habits it has, `reuse` writes into one set of buffers as Isaac Lab does."""
+    """Isaac Lab's interface around counters: the i-th terminates after ends[i] steps, and is late after 6.
+
+    It observes the steps of its episode, ten times as much for the critic, and pays the step's number. `kind`
+    is the simulator whose habits it has, `reuse` writes into one set of buffers as Isaac Lab does.
+    """
 
     max_episode_length, step_dt, single_action_space = 6, 0.05, SimpleNamespace(shape=(3,))
 
@@ -52,7 +70,9 @@ class Fake:
 
     def observe(self, prefix=""):
         steps = self.episode_length_buf.float()[:, None].repeat(1, 2)
-        groups = {"actor" if self.kind == "mjlab" else "policy": steps} | ({"critic": 10 * steps[:, :1]} if self.critic else {})
+        groups = {"actor" if self.kind == "mjlab" else "policy": steps} | (
+            {"critic": 10 * steps[:, :1]} if self.critic else {}
+        )
         return {name: self.give(prefix + name, value) for name, value in groups.items()}
 
     def reset(self, env_ids=None):
@@ -64,7 +84,9 @@ class Fake:
         self.episode_length_buf += 1
         steps = self.episode_length_buf
         terminated, late = steps >= self.ends, steps >= self.max_episode_length
-        outcome = [self.give(*x) for x in (("reward", steps.float()), ("terminated", terminated), ("late", late))]
+        outcome = [
+            self.give(*x) for x in (("reward", steps.float()), ("terminated", terminated), ("late", late))
+        ]
         ended = terminated | late
         if ended.any():
             mean = self.give("log", steps[ended].float().mean())
@@ -81,62 +103,79 @@ def small_args(**changes):
 
 
 def prepared(env, **changes):
-    args = small_args(num_envs=len(env.ends), **dict(minibatch_size=len(env.ends), total_timesteps=10_000) | changes)
-    return trudi.prepare_run(args, CPU, env, {})
+    """Setup, state and programs around a fake, which has started anywhere in its episodes."""
+    sizes = dict(minibatch_size=len(env.ends), total_timesteps=10_000) | changes
+    args = small_args(num_envs=len(env.ends), **sizes)
+    setup = trudi.setup_for(args, CPU, trudi.IsaacLab(args, env))
+    state, programs = trudi.prepare(setup, {})
+    setup.env.reset(spread=True)
+    return setup, state, programs
 
 
 @pytest.mark.parametrize("kind", ["3.0", "2.3", "mjlab"])
 def test_how_episodes_end(kind):
     """Environment 0 terminates at step 3, 1 is late at 6, 2 does both at once, which is no truncation."""
-    agent, state = prepared(Fake(kind, ends=(3, 99, 6)))
-    trudi.restart(agent, state, spread=False)
+    env = prepared(Fake(kind, ends=(3, 99, 6)))[0].env
+    env.reset(spread=False)
     for step in range(1, 13):
-        (reward, terminated, truncated, after, episode), log = trudi.step_env(agent, state, torch.zeros(3, 3))
+        reward, terminated, truncated, after = env.step(torch.zeros(3, 3))
+        episode, log = env.ended[-1], env.logs
+        env.logs = {}
         now = [(step - 1) % limit + 1 for limit in (3, 6, 6)]
         ends = [now[0] == 3, now[1] == 6, now[2] == 6]
         assert reward.tolist() == now
         assert terminated.tolist() == [ends[0], False, ends[2]]
         assert truncated.tolist() == [False, ends[1], False]
         assert episode.isfinite().all(1).tolist() == episode.isfinite().any(1).tolist() == ends
-        assert episode[ends].tolist() == [[n * (n + 1) / 2, n] for n, end in zip(now, ends, strict=True) if end]
-        # 2.3 does not tell how an episode ended: its last observation stands in, of the state that a time-out bootstraps from.
+        assert episode[ends].tolist() == [
+            [n * (n + 1) / 2, n] for n, end in zip(now, ends, strict=True) if end
+        ]
+        # 2.3 does not tell how an episode ended: the last observation before it stands in.
         last = [n - (kind == "2.3" and end) for n, end in zip(now, ends, strict=True)]
         assert after.tolist() == [[n, n, 10 * n] for n in last]
-        assert state.observation.tolist() == [[0, 0, 0] if end else [n, n, 10 * n] for n, end in zip(now, ends, strict=True)]
+        following = [0 if end else n for n, end in zip(now, ends, strict=True)]
+        assert env.observation.tolist() == [[n, n, 10 * n] for n in following]
         assert set(log) == ({"Episode_Reward/count", "Curriculum/level"} if any(ends) else set())
 
 
 @pytest.mark.parametrize("kind", ["3.0", "2.3", "mjlab"])
 def test_reused_buffers_change_nothing(kind):
-    """What is learned from, and what is learned, with a simulator that writes into the same tensors at every step."""
+    """What is learned from, and what is learned, with a simulator that writes into the same tensors."""
     results = []
     for reuse in (True, False):
-        agent, state = prepared(Fake(kind, reuse=reuse), num_steps=12)
+        torch.manual_seed(1)
+        setup, state, programs = prepared(Fake(kind, reuse=reuse), num_steps=12)
         torch.manual_seed(0)
         torch.nn.init.normal_(state.learner.actor.output.weight)
-        data, metrics = trudi.collect(agent, state)
+        with torch.no_grad():
+            data = trudi.rollout(setup, programs, state.statistics)
+        metrics = setup.env.episode_metrics()
         for _ in range(2):
-            state, learned = trudi.iterate(agent, state, trudi.collect)
-        data = [x.nan_to_num(-1.0) for x in data]  # returns of episodes that are going on
-        results.append([*data, *metrics.values(), *learned.values(), *state.learner.actor.parameters(), state.observation])
+            state, learned = trudi.iterate(setup, programs, state)
+        steps = [data.observation, data.action, *data.trajectory, *data[3:]]
+        weights = state.learner.actor.parameters()
+        results.append([*steps, *metrics.values(), *learned.values(), *weights, setup.env.observation])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert results[0][4].unique().numel() > 3  # the rewards are not all the last one's
 
 
 def test_the_simulator_gets_scaled_actions_of_its_own():
-    agent, state = prepared(Fake(), action_scale=2.5)
-    data, _ = trudi.collect(agent, state)
-    for sent, kept in zip(agent.env.actions, data.action, strict=True):
+    setup, state, programs = prepared(Fake(), action_scale=2.5)
+    with torch.no_grad():
+        data = trudi.rollout(setup, programs, state.statistics)
+    for sent, kept in zip(setup.env.env.actions, data.action, strict=True):
         torch.testing.assert_close(sent, 2.5 * kept)
         sent.fill_(7)  # the simulator may keep and change it
     assert data.action.abs().max() <= 0.999
 
 
 def test_rollout_counts_whole_episodes_and_logs_the_simulators_means():
-    agent, state = prepared(Fake(ends=(4, 99)), num_steps=14)
-    agent.env.episode_length_buf.copy_(torch.tensor([2, 0]))
-    data, metrics = trudi.collect(agent, state)
-    # Environment 0 ends at steps 2, 6, 10, 14, the first of which was begun before; 1 at 6 and 12, the first likewise.
+    setup, state, programs = prepared(Fake(ends=(4, 99)), num_steps=14)
+    setup.env.env.episode_length_buf.copy_(torch.tensor([2, 0]))
+    with torch.no_grad():
+        data = trudi.rollout(setup, programs, state.statistics)
+    metrics = setup.env.episode_metrics()
+    # Environment 0 ends at steps 2, 6, 10, 14 and 1 at 6 and 12; the first ones were begun before.
     assert data.terminated.nonzero().tolist() == [[1, 0], [5, 0], [9, 0], [13, 0]]
     assert data.truncated.nonzero().tolist() == [[5, 1], [11, 1]]
     assert float(metrics["charts/episodes"]) == 4
@@ -144,56 +183,63 @@ def test_rollout_counts_whole_episodes_and_logs_the_simulators_means():
     assert float(metrics["charts/episodic_length"]) == (3 * 4 + 6) / 4
     assert float(metrics["Curriculum/level"]) == 2
     assert float(metrics["Episode_Reward/count"]) == pytest.approx(4.6)  # of 4, (4 + 6) / 2, 4, 6, 4
-    assert data.latents.shape == data.means.shape == (14, 2, 2, 3)
-    rows = [x.flatten(0, 1) for x in (data.observation, data.latents, data.means)]
-    rows[0] = trudi.normalize(trudi.Statistics(1, state.statistics.moments), rows[0])
+    assert data.trajectory.latents.shape == data.trajectory.means.shape == (14, 2, 2, 3)
+    trajectory = trudi.Trajectory(*[x.flatten(0, 1) for x in data.trajectory])
+    observation = trudi.normalize(state.statistics, data.observation.flatten(0, 1))
     actor = state.learner.actor
-    assert trudi.trajectory_kl(actor, *rows, actor.step_sizes()).abs().max() < 1e-5
+    assert trudi.trajectory_kl(actor, actor, observation, trajectory).abs().max() < 1e-5
 
 
 def test_each_network_sees_its_own_group():
-    agent, state = prepared(Fake())
+    setup, state, _ = prepared(Fake())
     actor, critic = state.learner[:2]
-    assert (actor.observation_size, critic.observation_size) == (2, 1)
+    assert (setup.actor_sees, setup.critic_sees, setup.observation_size) == (2, 1, 3)
     torch.nn.init.normal_(actor.output.weight)
     seen, noise = torch.randn(4, 3), torch.randn(3, 4, 3)
     for column, (acts, judges) in enumerate([(True, False), (True, False), (False, True)]):
         other = seen.clone()
         other[:, column] += 1
-        moved = [not torch.equal(f(seen), f(other)) for f in (lambda x: trudi.sample_chain(actor, x, noise).action,
-                                                              lambda x: critic(x, torch.zeros(4, 3)))]
+        moved = [
+            not torch.equal(f(seen), f(other))
+            for f in (
+                lambda x: trudi.sample_chain(actor, x, noise).action,
+                lambda x: critic(x, torch.zeros(4, 3)),
+            )
+        ]
         assert moved == [acts, judges]
-    agent, state = prepared(Fake(critic=False))
-    assert [network.observation_size for network in state.learner[:2]] == [2, 2]
+    setup, _, _ = prepared(Fake(critic=False))
+    assert (setup.actor_sees, setup.critic_sees, setup.observation_size) == (2, 2, 2)
 
 
 def test_evaluation_counts_the_first_episode_of_each(tmp_path):
-    agent, state = prepared(Fake(ends=(2, 99, 4)))
-    state.observation.fill_(5)
-    metrics = {name: float(x) for name, x in trudi.play(agent, state, tmp_path).items()}
+    setup, state, _ = prepared(Fake(ends=(2, 99, 4)))
+    setup.env.observation.fill_(5)
+    metrics = trudi.averages(trudi.evaluate(setup, state, tmp_path))
     returns = [3, 21, 10]
     assert metrics["eval/episodic_return"] == pytest.approx(np.mean(returns))
     assert metrics["eval/episodic_return_std"] == pytest.approx(np.std(returns))
     assert metrics["eval/episodic_length"] == 4
-    assert len(agent.env.actions) == 6
-    assert state.episode.isnan().all()  # training goes on with new episodes, cut from their beginnings
-    assert state.observation.tolist() == [[0, 0, 0]] * 3
-    agent, state = prepared(Fake(ends=(2, 3)))
-    trudi.play(agent, state, tmp_path)
-    assert len(agent.env.actions) == 3  # all have ended
+    assert len(setup.env.env.actions) == 6
+    assert setup.env.episode.isnan().all()  # training goes on with new episodes, cut from their beginnings
+    assert setup.env.ended == [] and setup.env.logs == {}  # without the evaluation's episodes
+    assert setup.env.observation.tolist() == [[0, 0, 0]] * 3
+    setup, state, _ = prepared(Fake(ends=(2, 3)))
+    trudi.evaluate(setup, state, tmp_path)
+    assert len(setup.env.env.actions) == 3  # all have ended
 
 
 def test_clocks_start_spread_out():
     env = Fake(ends=[99] * 60)
-    agent, state = prepared(env)
+    setup, _, _ = prepared(env)
     assert set(env.episode_length_buf.tolist()) == set(range(6))
-    trudi.restart(agent, state, spread=False)
+    setup.env.reset(spread=False)
     assert not env.episode_length_buf.any()
-    assert not state.episode.any()
+    assert not setup.env.episode.any()
 
 
 def test_it_learns_from_termination():
     """A step costs 1 and an action beyond 0.5 ends the episode, which must be worth it."""
+
     class Costly(Fake):
         def step(self, action):
             self.episode_length_buf += 1
@@ -205,24 +251,30 @@ def test_it_learns_from_termination():
             return self.observe(), -torch.ones(len(action)), terminated, late, self.extras
 
     torch.manual_seed(0)
-    agent, state = prepared(Costly(ends=[99] * 32), num_steps=16, minibatch_size=128, num_epochs=4, hidden_dim=32,
-                            num_diffusion_steps=4, total_timesteps=512 * 30)
+    sizes = dict(num_steps=16, minibatch_size=128, num_epochs=4, hidden_dim=32, num_diffusion_steps=4)
+    setup, state, programs = prepared(Costly(ends=[99] * 32), **sizes, total_timesteps=512 * 30)
     shares = []
     for _ in range(30):
-        state, metrics = trudi.iterate(agent, state, trudi.collect)
+        state, metrics = trudi.iterate(setup, programs, state)
         shares.append(float(metrics["charts/episodic_length"]))
     assert np.mean(shares[-3:]) < 1.3 < np.mean(shares[:2])
 
 
-# ------------------------------------------------------------------------------------------------ command line, mjlab
+# ---------------------------------------------------------------------------------------- command line, mjlab
 FLAGS = [x for name, value in SIZES.items() for x in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def start(*flags, python=sys.executable, **environment):
     command = [python, ROOT / "trudi_isaaclab.py", *map(str, flags)]
     path = f"{environment.pop('path', TESTS)}"
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env={**os.environ, "PYTHONPATH": path, **environment})
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
 
 
 def finish(process, code=0):
@@ -243,7 +295,10 @@ def events(run):
 
 
 def curve(run):
-    return [{name: x for name, x in event.items() if name not in ("wall_time", "charts/SPS")} for event in events(run)]
+    return [
+        {name: x for name, x in event.items() if name not in ("wall_time", "charts/SPS")}
+        for event in events(run)
+    ]
 
 
 CARTPOLE = ("--env-id", "mjlab_tasks:Mjlab-Short-Cartpole")
@@ -277,14 +332,20 @@ def test_command_line(cartpole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_interrupted_runs_continue(number, tmp_path):
-    process = start(*FLAGS, *CARTPOLE, "--total-timesteps", 100_000, "--eval-interval", 10_000, "--log-dir", tmp_path)
+    process = start(
+        *FLAGS, *CARTPOLE, "--total-timesteps", 100_000, "--eval-interval", 10_000, "--log-dir", tmp_path
+    )
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None and not list(tmp_path.glob("*/checkpoints/[4-9]?.pt")):
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and not list(tmp_path.glob("*/checkpoints/[4-9]?.pt"))
+    ):
         time.sleep(0.01)
     process.send_signal(number)
     process.communicate(timeout=100)
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    run, = tmp_path.iterdir()
+    (run,) = tmp_path.iterdir()
     newest = max(int(path.stem) for path in (run / "checkpoints").glob("*.pt"))
     assert newest >= events(run)[-1]["step"] - 16  # at most an interval is lost
     finish(start("--resume", run, "--total-timesteps", newest + 32, "--eval-interval", 10_000))
@@ -293,26 +354,30 @@ def test_interrupted_runs_continue(number, tmp_path):
 
 def test_two_processes_train(tmp_path):
     out, _ = processes([str(ROOT / "trudi_isaaclab.py")], 2, *FLAGS, *CARTPOLE, "--log-dir", tmp_path)
-    run, = tmp_path.iterdir()
+    (run,) = tmp_path.iterdir()
     assert str(run) in out
     assert [event["step"] for event in events(run)] == [16, 32, 48, 64]
     assert "eval/episodic_return" in events(run)[-1]
 
 
 def test_video(tmp_path):
-    run = train(*CARTPOLE, "--log-dir", tmp_path, "--capture-video", "--total-timesteps", "16", MUJOCO_GL="egl")
+    run = train(
+        *CARTPOLE, "--log-dir", tmp_path, "--capture-video", "--total-timesteps", "16", MUJOCO_GL="egl"
+    )
     video = run / "videos" / "step_16.mp4"
     assert video.stat().st_size > 5_000
 
 
 def test_velocity(tmp_path):
     """A robot, with a group of observations for the critic and terrain to fall on."""
-    found, = events(train("--env-id", "Mjlab-Velocity-Flat-Unitree-G1", "--log-dir", tmp_path, "--total-timesteps", "16"))
+    (found,) = events(
+        train("--env-id", "Mjlab-Velocity-Flat-Unitree-G1", "--log-dir", tmp_path, "--total-timesteps", "16")
+    )
     assert np.isfinite(found["losses/critic"])
     assert found["eval/episodic_length"] < 1000  # it falls
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 def refusal(code, error):
     assert code == 2, error[-2000:]
     line = error.splitlines()[-1]
@@ -328,14 +393,28 @@ def refused(*flags, **environment):
     return refusal(process.returncode, error)
 
 
-POSITIVE = ("total_timesteps num_envs num_steps num_epochs minibatch_size max_grad_norm hidden_dim actor_learning_rate "
-            "critic_learning_rate dual_learning_rate num_diffusion_steps prior_std trust_region_bound num_atoms best_of_k "
-            "eval_interval checkpoint_interval action_scale").split()
+POSITIVE = (
+    "total_timesteps num_envs num_steps num_epochs minibatch_size max_grad_norm hidden_dim num_atoms "
+    "actor_learning_rate critic_learning_rate dual_learning_rate num_diffusion_steps prior_std best_of_k "
+    "trust_region_bound eval_interval checkpoint_interval action_scale"
+).split()
 
 
-@pytest.mark.parametrize("changes", [
-    *({name: number} for name in POSITIVE for number in (0, -1)), dict(seed=-1), dict(gamma=1.0), dict(td_lambda=1.1),
-    dict(ode_score_scale=-1.0), dict(v_min=10.0), dict(num_atoms=1), dict(total_timesteps=10), dict(minibatch_size=6)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: number} for name in POSITIVE for number in (0, -1)),
+        dict(seed=-1),
+        dict(gamma=1.0),
+        dict(td_lambda=1.1),
+        dict(ode_score_scale=-1.0),
+        dict(v_min=10.0),
+        dict(num_atoms=1),
+        dict(total_timesteps=10),
+        dict(minibatch_size=6),
+    ],
+    ids=str,
+)
 def test_values(changes, capsys):
     with pytest.raises(SystemExit) as stop:
         small_args(**changes)
@@ -352,7 +431,10 @@ def test_unknown_tasks():
 
 def test_missing_simulators(monkeypatch, capsys):
     monkeypatch.setattr(trudi.util, "find_spec", lambda name: None)
-    for env_id, package in (("Isaac-Velocity-Rough-G1", "isaaclab==3.0.0"), ("Mjlab-Cartpole-Balance", "mjlab==1.6.0")):
+    for env_id, package in (
+        ("Isaac-Velocity-Rough-G1", "isaaclab==3.0.0"),
+        ("Mjlab-Cartpole-Balance", "mjlab==1.6.0"),
+    ):
         with pytest.raises(SystemExit) as stop:
             small_args(env_id=env_id)
         assert f"pip install {package}" in refusal(stop.value.code, capsys.readouterr().err)
@@ -366,7 +448,7 @@ def test_missing_gpu():
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "pickle", "no checkpoint", "other sizes"])
 def test_damaged_checkpoints(damage, tmp_path, capsys):
-    agent, state = prepared(Fake())
+    setup, state, _ = prepared(Fake())
     trudi.save_checkpoint(tmp_path, state, 16, 0.0)
     path = tmp_path / "checkpoints" / "16.pt"
     if damage == "pickle":
@@ -374,40 +456,55 @@ def test_damaged_checkpoints(damage, tmp_path, capsys):
     elif damage == "no checkpoint":
         path.unlink()
     elif damage != "other sizes":
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2 if damage == "truncated" else 0])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "truncated" else 0])
     with pytest.raises(SystemExit) as stop:
-        trudi.prepare_run(agent.args, CPU, Fake(critic=False), trudi.read_checkpoint(str(tmp_path)))
+        other = trudi.setup_for(setup.args, CPU, trudi.IsaacLab(setup.args, Fake(critic=False)))
+        trudi.prepare(other, trudi.read_checkpoint(str(tmp_path)))
     line = refusal(stop.value.code, capsys.readouterr().err)
     assert "not of this run" in line if damage == "other sizes" else str(tmp_path) in line
 
 
 def test_a_checkpoint_restores_everything_but_the_simulator(tmp_path):
-    agent, state = prepared(Fake())
+    setup, state, programs = prepared(Fake())
     for _ in range(2):
-        state, _ = trudi.iterate(agent, state, trudi.collect)
+        state, _ = trudi.iterate(setup, programs, state)
     trudi.save_checkpoint(tmp_path, state, 32, 1.5)
     saved = trudi.read_checkpoint(str(tmp_path))
     assert saved["wall_time"] == 1.5
-    other_agent, other = trudi.prepare_run(agent.args, CPU, Fake(), saved)
+    other_setup, _, _ = prepared(Fake())
+    other, other_programs = trudi.prepare(other_setup, saved)
     assert other.iteration == 2
-    assert torch.equal(other.statistics.moments, state.statistics.moments)
+    assert torch.equal(other.statistics.mean, state.statistics.mean)
+    assert torch.equal(other.statistics.variance, state.statistics.variance)
     assert list(other.learner.log_duals) == list(state.learner.log_duals)
     results = []
-    for one, where in ((agent, state), (other_agent, other)):  # Adam's moments too
-        trudi.restart(one, where, spread=False)
-        results.append(trudi.iterate(one, where, trudi.collect)[1])
+    for run in ((setup, programs, state), (other_setup, other_programs, other)):  # Adam's moments too
+        run[0].env.reset(spread=False)
+        results.append(trudi.iterate(*run)[1])
     assert results[0] == results[1]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    agent, state = prepared(Fake(), log_dir=str(tmp_path))
+def test_a_metric_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    setup, state, programs = prepared(Fake(), log_dir=str(tmp_path))
     state.learner.actor.input.weight.data.fill_(float("nan"))
-    assert trudi.train(agent, state, 0.0, trudi.collect, trudi.play) == 1
+    assert trudi.train(setup, programs, state, {}) == 1
     out, err = capsys.readouterr()
     run = pathlib.Path(out.splitlines()[-1])
-    assert "iteration 1: a loss is not finite" in err
+    assert "iteration 1: losses/critic, losses/actor" in err
     assert list((run / "diverged" / "checkpoints").glob("*.pt"))
     assert not (run / "checkpoints").exists()
+
+
+def test_metrics_of_any_name_are_watched():
+    assert trudi.not_finite({"losses/critic": 1.0, "mine/number": float("nan")}) == ["mine/number"]
+
+
+def test_an_actor_that_breaks_the_contract_ends_the_run(tmp_path):
+    setup, state, programs = prepared(Fake(), log_dir=str(tmp_path))
+    torch.nn.init.normal_(state.learner.actor.output.weight)
+    with pytest.raises(SystemExit) as stop:
+        trudi.train(setup, programs, state, {})
+    assert "output layer has to start at zero" in str(stop.value.code)
 
 
 def test_groups_that_are_no_vectors(capsys):
@@ -418,16 +515,47 @@ def test_groups_that_are_no_vectors(capsys):
     assert "vectors" in refusal(stop.value.code, capsys.readouterr().err)
 
 
-def test_arguments_are_the_flags():
-    """What may not change in a run comes before `device`, as `parse` assumes."""
-    names = [field.name for field in dataclasses.fields(trudi.Args)]
-    assert names.index("action_scale") < names.index("device") < names.index("physics")
+def test_what_may_change_are_flags():
+    names = {field.name for field in dataclasses.fields(trudi.Args)}
+    assert {*trudi.MAY_CHANGE, *trudi.POSITIVE, *trudi.SPLIT} <= names
+    assert "physics" in trudi.MAY_CHANGE and "action_scale" not in trudi.MAY_CHANGE
 
 
-# ------------------------------------------------------------------------------------------------ Isaac Lab 2.3's interface
+def test_what_is_repeated_has_not_drifted_but_for_the_simulator():
+    """Functions and classes that both PyTorch scripts have are the same text."""
+
+    def texts(name):
+        tree = ast.parse((ROOT / name).read_text())
+        return {x.name: ast.unparse(x) for x in tree.body if isinstance(x, ast.FunctionDef | ast.ClassDef)}
+
+    one, other = texts("trudi_maniskill.py"), texts("trudi_isaaclab.py")
+    differ = {name for name in one.keys() & other.keys() if one[name] != other[name]}
+    assert differ == {"Args", "resolve", "main"}
+
+
+def test_a_copy_of_the_script_has_its_own_name(tmp_path):
+    (tmp_path / "my_agent.py").write_text((ROOT / "trudi_isaaclab.py").read_text())
+    code = "import my_agent; print(my_agent.Args().exp_name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["my_agent"]
+    assert trudi.Args().exp_name == "trudi_isaaclab"
+
+
+# ---------------------------------------------------------------------------------- Isaac Lab 2.3's interface
 def start_old(tmp_path, *flags):
     """A run with the stand-in for 2.3, which writes a journal of what is called."""
-    flags = (*FLAGS, "--env-id", "Isaac-Velocity-Flat-G1", "--device", "cpu", "--log-dir", tmp_path / "runs", *flags)
+    flags = (
+        *FLAGS,
+        "--env-id",
+        "Isaac-Velocity-Flat-G1",
+        "--device",
+        "cpu",
+        "--log-dir",
+        tmp_path / "runs",
+        *flags,
+    )
     return start(*flags, path=f"{TESTS / 'isaaclab23'}:{TESTS}", JOURNAL=str(tmp_path / "journal"))
 
 
@@ -438,7 +566,7 @@ def test_kit_starts_before_pytorch_and_is_closed_last(tmp_path):
     assert lines[0] == "AppLauncher device=cpu enable_cameras=False headless=True, PyTorch imported: False"
     assert lines[1:3] == ["parse_env_cfg Isaac-Velocity-Flat-G1-v0 device=cpu num_envs=2", "make"]
     assert lines[-2:] == ["env.close", "app.close"]
-    run, = (tmp_path / "runs").iterdir()
+    (run,) = (tmp_path / "runs").iterdir()
     assert [event["step"] for event in events(run)] == [16, 32, 48, 64]
     assert "Episode_Reward/count" in events(run)[-1]
     assert (run / "checkpoints" / "64.pt").exists()

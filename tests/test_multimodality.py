@@ -1,4 +1,5 @@
-"""benchmark/multimodality: rewards at poses worked out by hand, the T's overlap against polygons, initial states, modes."""
+"""benchmark/multimodality: rewards at poses worked out by hand, the T's overlap against polygons, initial
+states, modes."""
 
 import json
 import math
@@ -25,8 +26,19 @@ mani_skill.logger.setLevel("ERROR")
 from benchmark.multimodality import behavior_entropy, push_t, stack_cube  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TASKS = {"PushTSymmetric-v1": 35, "PushTSymmetricTest-v1": 35, "StackCubeSymmetric-v1": 48, "StackCubeSymmetricTest-v1": 48}
-OPTIONS = dict(num_envs=1, obs_mode="state", control_mode="pd_joint_delta_pos", sim_backend="physx_cpu", render_backend="none")
+TASKS = {
+    "PushTSymmetric-v1": 35,
+    "PushTSymmetricTest-v1": 35,
+    "StackCubeSymmetric-v1": 48,
+    "StackCubeSymmetricTest-v1": 48,
+}
+OPTIONS = dict(
+    num_envs=1,
+    obs_mode="state",
+    control_mode="pd_joint_delta_pos",
+    sim_backend="physx_cpu",
+    render_backend="none",
+)
 
 
 def make(name, reward_mode="dense", **options):
@@ -44,7 +56,7 @@ def envs():
         env.close()
 
 
-# ------------------------------------------------------------------------------------------------- all four tasks
+# --------------------------------------------------------------------------------------------- all four tasks
 @pytest.mark.parametrize("name", TASKS)
 def test_observation_horizon_and_normalised_reward(name):
     dense, normalised = make(name), make(name, "normalized_dense")
@@ -62,8 +74,13 @@ def test_observation_horizon_and_normalised_reward(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_observation_layout(envs, name):
-    env, (module, bodies) = envs[name], {
-        "P": (push_t, dict(block="tee", goal="goal_tee")), "S": (stack_cube, dict(red="cubeA", blue="cubeB"))}[name[0]]
+    env, (module, bodies) = (
+        envs[name],
+        {
+            "P": (push_t, dict(block="tee", goal="goal_tee")),
+            "S": (stack_cube, dict(red="cubeA", blue="cubeB")),
+        }[name[0]],
+    )
     observation, _ = env.reset(seed=4)
     assert torch.equal(observation[:, module.OBSERVATION["tcp"]], env.agent.tcp.pose.raw_pose)
     for key, body in bodies.items():
@@ -77,9 +94,14 @@ def test_only_training_starts_at_random(envs, name):
     assert torch.allclose(first, other, atol=1e-6) == ("Test" in name)
 
 
-@pytest.mark.parametrize(("name", "bodies", "parent"), [
-    ("PushTSymmetric-v1", ("tee", "goal_tee"), PushTEnv), ("PushTSymmetricTest-v1", ("tee", "goal_tee"), PushTEnv),
-    ("StackCubeSymmetricTest-v1", ("cubeA", "cubeB"), stack_cube.StackCubeEnv)])
+@pytest.mark.parametrize(
+    ("name", "bodies", "parent"),
+    [
+        ("PushTSymmetric-v1", ("tee", "goal_tee"), PushTEnv),
+        ("PushTSymmetricTest-v1", ("tee", "goal_tee"), PushTEnv),
+        ("StackCubeSymmetricTest-v1", ("cubeA", "cubeB"), stack_cube.StackCubeEnv),
+    ],
+)
 def test_partial_reset_places_as_many_as_it_was_asked_for(envs, monkeypatch, name, bodies, parent):
     """ManiSkill writes poses to the environments being reset, so there must be one pose for each of those."""
     placed = {}
@@ -93,7 +115,7 @@ def test_partial_reset_places_as_many_as_it_was_asked_for(envs, monkeypatch, nam
         assert (len(placed[body].unique(dim=0)) == 1) == ("Test" in name)
 
 
-# ----------------------------------------------------------------------------------------------------------- PushT
+# ------------------------------------------------------------------------------------------------------ PushT
 def polygon(xy, angle, box):
     """Corners of one of the T's boxes, (left, right, bottom, top), as complex numbers, counter-clockwise."""
     left, right, bottom, top = box
@@ -138,7 +160,9 @@ def overlap(block, goal):
 def test_the_t_is_the_simulators(envs):
     shapes = envs["PushTSymmetric-v1"].tee._bodies[0].collision_shapes
     found = sorted((*shape.local_pose.p[:2].tolist(), *shape.half_size[:2].tolist()) for shape in shapes)
-    known = sorted((*centre, *half) for centre, half in zip(push_t.BOX_CENTRES, push_t.BOX_HALF_SIZES, strict=True))
+    known = sorted(
+        (*centre, *half) for centre, half in zip(push_t.BOX_CENTRES, push_t.BOX_HALF_SIZES, strict=True)
+    )
     assert [pytest.approx(row, abs=1e-6) for row in known] == found
 
 
@@ -146,9 +170,13 @@ def test_intersection_by_hand():
     goal = (-0.1, -0.05, 0.7)
     for angle in (0.0, 1e-6, math.pi / 2, 1.234, math.pi, 5.0):
         assert overlap([(0.03, 0.1, angle)], [(0.03, 0.1, angle)]).item() == pytest.approx(1, abs=1e-6)
-        assert overlap([(0.03, 0.1, angle)], [(0.03, 0.1, angle + 2 * math.pi)]).item() == pytest.approx(1, abs=1e-5)
+        assert overlap([(0.03, 0.1, angle)], [(0.03, 0.1, angle + 2 * math.pi)]).item() == pytest.approx(
+            1, abs=1e-5
+        )
     # Turned by pi: each stem covers 5 x 5 cm of the other's bar, and the stems 5 x 2.5 cm of each other.
-    assert overlap([(-0.1, -0.05, 0.7 + math.pi)], [goal]).item() == pytest.approx((25 + 25 + 12.5) / 175, abs=1e-5)
+    assert overlap([(-0.1, -0.05, 0.7 + math.pi)], [goal]).item() == pytest.approx(
+        (25 + 25 + 12.5) / 175, abs=1e-5
+    )
     # Pushed by 5 cm along the bar, 15 of whose 20 cm still overlap; the stems lie side by side.
     assert overlap([(0.05, 0.0, 0.0)], [(0.0, 0.0, 0.0)]).item() == pytest.approx(75 / 175, abs=1e-5)
     assert overlap([(0.3, 0.0, 0.0)], [(0.0, 0.0, 0.0)]).item() == 0
@@ -156,23 +184,40 @@ def test_intersection_by_hand():
 
 def some_poses(count):
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, 3, generator=generator) * torch.tensor([0.4, 0.5, 6.3]) - torch.tensor([0.3, 0.3, 0.0]), generator
+    return torch.rand(count, 3, generator=generator) * torch.tensor([0.4, 0.5, 6.3]) - torch.tensor(
+        [0.3, 0.3, 0.0]
+    ), generator
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 0.02, 0.2])
 def test_intersection_against_polygons(distance):
     """The block at this distance from the goal in metres, and turned by up to ten times as many radians."""
     goals, generator = some_poses(200)
-    blocks = goals + distance * (2 * torch.rand(200, 3, generator=generator) - 1) * torch.tensor([1.0, 1.0, 10.0])
+    blocks = goals + distance * (2 * torch.rand(200, 3, generator=generator) - 1) * torch.tensor(
+        [1.0, 1.0, 10.0]
+    )
     expected = [polygon_share(*pair) for pair in zip(blocks.tolist(), goals.tolist(), strict=True)]
     assert overlap(blocks.tolist(), goals.tolist()).tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 20 * distance or distance == 0.2 and min(expected) == 0
 
 
-@pytest.mark.parametrize("shift", [
-    (0, 0, 0), (0.05, 0, 0), (0.2, 0, 0), (0, 0.05, 0), (0, 0.2, 0), (0.075, 0, 0), (0.1, 0.1, 1), (0, 0, 2), (0.1, 0, 2)])
+@pytest.mark.parametrize(
+    "shift",
+    [
+        (0, 0, 0),
+        (0.05, 0, 0),
+        (0.2, 0, 0),
+        (0, 0.05, 0),
+        (0, 0.2, 0),
+        (0.075, 0, 0),
+        (0.1, 0.1, 1),
+        (0, 0, 2),
+        (0.1, 0, 2),
+    ],
+)
 def test_intersection_where_sides_coincide(shift):
-    """Moved, in the goal's own frame, and turned by quarters so that a side lies on a side, from inside or from outside."""
+    """Moved, in the goal's own frame, and turned by quarters so that a side lies on a side, from inside or
+    from outside."""
     (goals, _), (x, y, quarters) = some_poses(200), shift
     angle = quarters * math.pi / 2
     moved = goals[:, :2] + push_t.rotate(torch.tensor([[x, y]], dtype=torch.float32), goals[:, 2])
@@ -195,21 +240,28 @@ def test_push_t_reward_terms():
     rotation = push_t.rotation_reward(angles + 2.0, torch.tensor(2.0))
     assert rotation.tolist() == pytest.approx([0.5, 0.28125, 0.28125, 0.125, 0.0], abs=1e-6)
     xy = torch.tensor([[0.0, 0.0], [0.06, 0.08], [9.0, 0.0]])
-    assert push_t.position_reward(xy - 1, torch.tensor([-1.0, -1.0])).tolist() == pytest.approx([0.5, 0.144659, 0], abs=1e-5)
+    assert push_t.position_reward(xy - 1, torch.tensor([-1.0, -1.0])).tolist() == pytest.approx(
+        [0.5, 0.144659, 0], abs=1e-5
+    )
     tcp = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.06, 0.08], [9.0, 0.0, 0.0]])
-    assert push_t.guidance_reward(tcp, torch.zeros(3)).tolist() == pytest.approx([0.05, 0.0366703, 0.0], abs=1e-6)
+    assert push_t.guidance_reward(tcp, torch.zeros(3)).tolist() == pytest.approx(
+        [0.05, 0.0366703, 0.0], abs=1e-6
+    )
 
 
 def test_push_t_reward_is_each_environments_own():
-    """Three environments with goals of their own; blocks turned by 0, pi / 2 and pi, moved by 0, 0.1 and 0 m."""
+    """Three environments with goals of their own; turned by 0, pi / 2 and pi, moved by 0, 0.1 and 0 m."""
     goal_xy, goal_yaw = torch.tensor([[0.0, 0.0], [0.1, 0.2], [-0.2, 0.1]]), torch.tensor([1.0, 2.0, 3.0])
     block_xy = goal_xy + torch.tensor([[0.0, 0.0], [0.0, 0.1], [0.0, 0.0]])
     block = push_t.planar_pose(block_xy, goal_yaw + torch.tensor([0.0, math.pi / 2, math.pi]), 0.02)
     tee, goal = (SimpleNamespace(pose=pose) for pose in (block, push_t.planar_pose(goal_xy, goal_yaw, 0.0)))
     env = SimpleNamespace(tee=tee, goal_tee=goal, agent=SimpleNamespace(tcp=tee))
     assert push_t.PushTSymmetricEnv.pseudo_render_intersection(env).tolist() == pytest.approx(
-        [1, polygon_share((0, 0.1, math.pi / 2 + 2), (0, 0, 2)), 62.5 / 175], abs=1e-5)
-    reward = push_t.PushTSymmetricEnv.compute_dense_reward(env, None, None, {"success": torch.tensor([True, False, False])})
+        [1, polygon_share((0, 0.1, math.pi / 2 + 2), (0, 0, 2)), 62.5 / 175], abs=1e-5
+    )
+    reward = push_t.PushTSymmetricEnv.compute_dense_reward(
+        env, None, None, {"success": torch.tensor([True, False, False])}
+    )
     assert reward.tolist() == pytest.approx([3, 0.125 + 0.144659 + 0.05, 0 + 0.5 + 0.05], abs=1e-5)
 
 
@@ -218,7 +270,9 @@ def test_push_t_success(envs):
     _, info = env.reset(seed=0)
     distance = (env.agent.tcp.pose.p - env.tee.pose.p).norm().item()
     start = 0.5 + math.sqrt(1 - math.tanh(5 * distance)) / 20
-    assert not info["success"] and env.compute_dense_reward(None, None, info).item() == pytest.approx(start, abs=1e-5)
+    assert not info["success"] and env.compute_dense_reward(None, None, info).item() == pytest.approx(
+        start, abs=1e-5
+    )
     # Moved by 5 mm along the bar: 19.5 of its 20 cm and 4.5 of the stem's 5 cm, 0.929; by 10 mm, 0.857.
     for shift, success in ((0.0, True), (0.005, True), (0.01, False)):
         env.tee.set_pose(push_t.planar_pose(torch.tensor([[-0.1 + shift, -0.05]]), torch.zeros(1), 0.021))
@@ -235,7 +289,9 @@ def test_push_t_starts(envs):
     assert goal_yaw.tolist() == [0, 0] and block_yaw.tolist() == pytest.approx([math.pi] * 2)
     for xy, angle in envs["PushTSymmetric-v1"].start(4000):
         low, high = xy.amin(0), xy.amax(0)
-        assert low.tolist() == pytest.approx([-0.3, -0.3], abs=0.005) and high.tolist() == pytest.approx([0.1, 0.2], abs=0.005)
+        assert low.tolist() == pytest.approx([-0.3, -0.3], abs=0.005) and high.tolist() == pytest.approx(
+            [0.1, 0.2], abs=0.005
+        )
         assert angle.min() >= 0 and angle.min() < 0.05 and angle.max() > 2 * math.pi - 0.05
         assert low[0] >= -0.3 and low[1] >= -0.3 and high[0] <= 0.1 and high[1] <= 0.2
     goal, block = envs["PushTSymmetric-v1"].start(4000)
@@ -254,7 +310,7 @@ def test_push_t_goal_moves_between_episodes(envs):
     assert (goals[0] - goals[1])[:, :2].norm() > 0.01
 
 
-# ------------------------------------------------------------------------------------------------------- StackCube
+# -------------------------------------------------------------------------------------------------- StackCube
 def place(env, red, blue):
     """Put the cubes' centres there, at rest."""
     for cube, position in ((env.cubeA, red), (env.cubeB, blue)):
@@ -281,7 +337,9 @@ def test_reaching_is_for_the_nearer_cube(stack):
     near, far = tcp + torch.tensor([0.06, 0.0, 0.08]), tcp + torch.tensor([0.0, 0.3, 0.0])
     for red, blue in ((near, far), (far, near)):
         place(stack, red, blue)
-        assert stack.compute_dense_reward(None, None, facts()).item() == pytest.approx(2 * (1 - 0.462117), abs=1e-5)
+        assert stack.compute_dense_reward(None, None, facts()).item() == pytest.approx(
+            2 * (1 - 0.462117), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("order", ["AB", "BA"])
@@ -289,9 +347,11 @@ def test_later_stages(stack, order):
     """The upper cube 0.1 m from its place, then in it; fingers 2 of at most 4 cm open."""
     upper, lower = order
     below = torch.tensor([0.0, 0.1, 0.02])
+
     def reward(above, **true):
         place(stack, *((above, below) if order == "AB" else (below, above)))
         return stack.compute_dense_reward(None, None, facts(**true)).item()
+
     grasped, stacked = f"is_cube{upper}_grasped", f"is_cube{upper}_on_cube{lower}"
     away, top = below + torch.tensor([0.06, 0.08, 0.04]), below + torch.tensor([0.0, 0.0, 0.04])
     assert reward(away, **{grasped: True}) == pytest.approx(4 + 1 - 0.462117, abs=1e-5)
@@ -325,7 +385,7 @@ def test_success_in_either_order(stack):
 
 
 def test_stack_cube_is_symmetric(stack):
-    """Exchanging the cubes changes neither reward nor success, and does not exchange the simulator's bodies."""
+    """Exchanging the cubes changes neither reward nor success, and exchanges none of the bodies."""
     red, blue = stack.cubeA, stack.cubeB
     generator, rewards = torch.Generator().manual_seed(0), []
     for _ in range(20):
@@ -353,12 +413,19 @@ def test_stack_cube_test_start(envs):
     assert env.compute_dense_reward(None, None, env.evaluate()).item() == pytest.approx(reaching, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ behaviour entropy
+# ------------------------------------------------------------------------------------------ behaviour entropy
 def test_modes_of_push_t():
     """From pi to 0 either way, in steps that pass the jump of the yaw; there and back; hardly touched."""
     way = torch.linspace(0, math.pi, 30)
-    paths = torch.stack([math.pi + way, math.pi - way, math.pi + torch.cat([way[:15], way[:15].flip(0)]) * 0.9,
-                         math.pi + 1e-4 * way], 1)
+    paths = torch.stack(
+        [
+            math.pi + way,
+            math.pi - way,
+            math.pi + torch.cat([way[:15], way[:15].flip(0)]) * 0.9,
+            math.pi + 1e-4 * way,
+        ],
+        1,
+    )
     measured = push_t.yaw(torch.stack([(paths / 2).cos(), 0 * paths, 0 * paths, (paths / 2).sin()], -1))
     assert measured[-1, :2].tolist() == pytest.approx([0, 0], abs=1e-5)  # the same final yaw
     turn = behavior_entropy.turned(measured)
@@ -392,7 +459,11 @@ def test_summary_counts_failures_apart():
     found = behavior_entropy.summarize("PushT", modes, torch.tensor([1.0, 2.0, 3.0, 6.0]), success)
     assert found["mode_counts"] == {"counter-clockwise": 2, "clockwise": 1} and found["no_mode"] == 1
     assert found["entropy"] == pytest.approx(0.9182958) and found["entropy_of_successes"] == pytest.approx(1)
-    assert found["successes_at_end"] == 2 and found["return_mean"] == 3 and found["return_std"] == pytest.approx(math.sqrt(3.5))
+    assert (
+        found["successes_at_end"] == 2
+        and found["return_mean"] == 3
+        and found["return_std"] == pytest.approx(math.sqrt(3.5))
+    )
     assert behavior_entropy.summarize("PushT", modes[3:], torch.ones(1), success[3:])["entropy"] is None
 
 
@@ -400,18 +471,21 @@ def test_episodes_start_alike_and_end_before_the_reset(monkeypatch):
     """In training's task too, which otherwise starts at random; the last observation is the episode's own."""
     singles = [make("StackCubeSymmetric-v1", max_episode_steps=5) for _ in range(2)]
     vector = [ManiSkillVectorEnv(env, ignore_terminations=True, record_metrics=True) for env in singles]
-    agent = SimpleNamespace(eval_envs=vector, time_limit=5, args=SimpleNamespace(env_id="StackCubeSymmetric-v1"))
+    trudi = behavior_entropy.trudi
+    args = trudi.Args(env_id="StackCubeSymmetric-v1")
+    env = trudi.ManiSkill(args, vector, time_limit=5, evaluation=True)
+    setup = trudi.Setup(args, torch.device("cpu"), None, env, 48, 48, 48, 8)
     actions = torch.tensor([[1.0] + [0.0] * 7, [-1.0] + [0.0] * 7])
-    monkeypatch.setattr(behavior_entropy.trudi, "evaluation_action", lambda *_: actions)
-    state = SimpleNamespace(learner=None, statistics=None)
-    trace, total, success = behavior_entropy.play(agent, state, seed=3)
+    monkeypatch.setattr(trudi, "evaluation_action", lambda *_: actions)
+    state = trudi.TrainState(None, trudi.init_statistics(setup), 0)
+    trace, total, success = behavior_entropy.play(setup, state, seed=3)
     assert trace.shape == (6, 2, 48) and torch.equal(trace[0, 0], trace[0, 1])
     left, right = trace[:, :, 19].T  # y of the tool, as the base turns one way and the other
     assert (left.diff() > 0).all() and (right.diff() < 0).all()
-    distance = [(trace[..., 18:21] - trace[..., start:start + 3]).norm(dim=-1)[1:] for start in (25, 32)]
+    distance = [(trace[..., 18:21] - trace[..., start : start + 3]).norm(dim=-1)[1:] for start in (25, 32)]
     reaching = 2 * (1 - torch.tanh(5 * torch.minimum(*distance)))
     assert torch.allclose(total, reaching.sum(0), atol=1e-4) and success.tolist() == [False, False]
-    again, _, _ = behavior_entropy.play(agent, state, seed=3)
+    again, _, _ = behavior_entropy.play(setup, state, seed=3)
     assert torch.allclose(trace, again, atol=1e-5)
 
 
@@ -421,20 +495,35 @@ def command(*words):
 
 
 def test_trains_and_is_evaluated(tmp_path):
-    sizes = ("--preset cpu --device cpu --num-envs 2 --num-steps 4 --total-timesteps 8 --num-epochs 1 --minibatch-size 4 "
-             "--hidden-dim 8 --num-diffusion-steps 2 --num-eval-envs 1").split()
+    sizes = (
+        "--preset cpu --device cpu --num-envs 2 --num-steps 4 --total-timesteps 8 --num-epochs 1 "
+        "--minibatch-size 4 "
+        "--hidden-dim 8 --num-diffusion-steps 2 --num-eval-envs 1"
+    ).split()
     script = ROOT / "benchmark" / "multimodality" / "behavior_entropy.py"
     env_id = "benchmark.multimodality:PushTSymmetric-v1"
     done = command(ROOT / "trudi_maniskill.py", "--env-id", env_id, "--log-dir", tmp_path, *sizes)
     assert done.returncode == 0, done.stderr
-    run, = tmp_path.glob("*PushTSymmetric-v1*")
-    done = command(script, run, "--episodes", 2, "--num-envs", 2, "--device", "cpu", "--output", tmp_path / "found")
+    (run,) = tmp_path.glob("*PushTSymmetric-v1*")
+    done = command(
+        script, run, "--episodes", 2, "--num-envs", 2, "--device", "cpu", "--output", tmp_path / "found"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["env_id"] == "benchmark.multimodality:PushTSymmetricTest-v1" and found["horizon"] == 100
     assert found["episodes"] == 2 == found["no_mode"] + sum(found["mode_counts"].values())
     assert 30 < found["return_mean"] <= 105  # of the raw reward: 100 steps near 0.5
-    assert f"return_mean: {found['return_mean']}" in done.stdout and (tmp_path / "found.png").stat().st_size > 1000
-    for words, message in (((run, "--episodes", 3, "--num-envs", 2), "does not divide"), ((tmp_path,), "no run folder")):
+    assert (
+        f"return_mean: {found['return_mean']}" in done.stdout
+        and (tmp_path / "found.png").stat().st_size > 1000
+    )
+    for words, message in (
+        ((run, "--episodes", 3, "--num-envs", 2), "does not divide"),
+        ((tmp_path,), "no run folder"),
+    ):
         done = command(script, *words)
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()[-1]) < 400
+        assert (
+            done.returncode == 2
+            and message in done.stderr
+            and len(done.stderr.strip().splitlines()[-1]) < 400
+        )

@@ -1,4 +1,5 @@
-"""StackCube where either cube may go on the other (Appendix D.2). ManiSkill's cube A is the red one, its cube B here blue."""
+"""StackCube where either cube may go on the other (Appendix D.2). ManiSkill's cube A is the red one, its cube
+B here blue."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from torch import Tensor
 HORIZON = 100  # twice stock StackCube's, as the test's cubes are 0.7 m apart
 RED_START, BLUE_START = (0.0, -0.35, 0.02), (0.0, 0.35, 0.02)  # of the test, in metres
 BLUE = (0.0, 0.0, 1.0, 1.0)
-OBSERVATION = dict(tcp=slice(18, 25), red=slice(25, 32), blue=slice(32, 39))  # after qpos and qvel: xyz and a quaternion each
+# After qpos and qvel: xyz and a quaternion each.
+OBSERVATION = dict(tcp=slice(18, 25), red=slice(25, 32), blue=slice(32, 39))
 
 def other_order(info: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same facts with the cubes' names exchanged."""
@@ -22,13 +24,13 @@ def other_order(info: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @register_env("StackCubeSymmetric-v1", max_episode_steps=HORIZON)
 class StackCubeSymmetricEnv(StackCubeEnv):
-    """StackCube-Train: stack one cube on the other, either; both start as in stock StackCube, at random within |x| <= 0.2 m and
-    |y| <= 0.3 m.
+    """StackCube-Train: stack one cube on the other, either; both start as in stock StackCube, at random
+    within |x| <= 0.2 m and |y| <= 0.3 m.
 
-    Everything is computed for both orders, by stock StackCube with the cubes exchanged for the second. Success is either's.
-    Reward "dense" is the larger (E11), at most 8: 2 (1 - tanh(5 d)) for reaching, of which the larger is the nearer cube's,
-    4 to 5 for bringing a grasped cube to the other's top, 6 to 7 for letting go of it there, 8 on success;
-    "normalized_dense": an eighth of it."""
+    Everything is computed for both orders, by stock StackCube with the cubes exchanged for the second.
+    Success is either's. Reward "dense" is the larger (E11), at most 8: 2 (1 - tanh(5 d)) for reaching, of
+    which the larger is the nearer cube's, 4 to 5 for bringing a grasped cube to the other's top, 6 to 7 for
+    letting go of it there, 8 on success; "normalized_dense": an eighth of it."""
 
     def _load_scene(self, options: dict) -> None:
         super()._load_scene(options)
@@ -47,7 +49,8 @@ class StackCubeSymmetricEnv(StackCubeEnv):
             self.cubeA, self.cubeB = self.cubeB, self.cubeA
 
     def evaluate(self) -> dict[str, Tensor]:
-        """Stock StackCube's facts (E,), of both orders: is_cubeB_on_cubeA as well as is_cubeA_on_cubeB, and so on."""
+        """Stock StackCube's facts (E,), of both orders: is_cubeB_on_cubeA as well as is_cubeA_on_cubeB, and
+        so on."""
         red_on_blue = super().evaluate()
         with self.cubes_exchanged():
             blue_on_red = super().evaluate()
@@ -63,9 +66,10 @@ class StackCubeSymmetricEnv(StackCubeEnv):
 
 @register_env("StackCubeSymmetricTest-v1", max_episode_steps=HORIZON)
 class StackCubeSymmetricTestEnv(StackCubeSymmetricEnv):
-    """StackCube-Test: red at y = -0.35 m and blue at y = 0.35 m, further out than any of training's cubes. The paper does not
-    say at which x, nor how they are turned: here at 0, as the gripper, and along the axes. The robot has none of stock
-    StackCube's noise in its pose, so that there is one initial state whatever the seed."""
+    """StackCube-Test: red at y = -0.35 m and blue at y = 0.35 m, further out than any of training's cubes.
+    The paper does not say at which x, nor how they are turned: here at 0, as the gripper, and along the axes.
+    The robot has none of stock StackCube's noise in its pose, so that there is one initial state whatever the
+    seed."""
 
     def __init__(self, *args, robot_init_qpos_noise: float = 0.0, **kwargs):
         super().__init__(*args, robot_init_qpos_noise=robot_init_qpos_noise, **kwargs)
