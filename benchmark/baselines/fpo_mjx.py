@@ -1,30 +1,44 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flax>=0.12", "imageio-ffmpeg>=0.5", "jax>=0.10", "mediapy>=1.2", "mujoco-mjx[warp]>=3.3", "optax>=0.2.5",
-#                 "orbax-checkpoint>=0.11.20", "playground>=0.2.0", "tensorboard>=2.18", "tensorboardx>=2.6.2", "tyro>=1.0",
-#                 "wandb>=0.19.10"]
+# dependencies = [
+#     "flax>=0.12",
+#     "imageio-ffmpeg>=0.5",
+#     "jax>=0.10",
+#     "mediapy>=1.2",
+#     "mujoco-mjx[warp]>=3.3",
+#     "optax>=0.2.5",
+#     "orbax-checkpoint>=0.11.20",
+#     "playground>=0.2.0",
+#     "tensorboard>=2.18",
+#     "tensorboardx>=2.6.2",
+#     "tyro>=1.0",
+#     "wandb>=0.19.10",
+# ]
 # ///
 """FPO (Flow Policy Optimization, arXiv 2507.21053) on MuJoCo Playground, made from trudi_mjx.py.
 
     python benchmark/baselines/fpo_mjx.py --env-id CartpoleBalance --preset cpu
 
-What differs from trudi_mjx.py: the policy is a flow, whose velocity a network gives, integrated in 10 Euler steps from noise
-at t = 1 to a latent at t = 0, of which the action is the tanh. The loss is PPO's clipped one (arXiv 1707.06347, Eq. 7) with
-another ratio, exp(old - new) of conditional flow matching losses, each the mean over 8 draws of noise and time that were made
-when the action was taken; the network's velocity is compared as the noise that it stands for (FPO's paper, Section 3, and its
-code). Advantages are those of GAE (arXiv 1506.02438, Eq. 16) with a value V(s). Networks are MLPs of five layers with SiLU, 32
-wide for the actor and 256 for the critic, and epsilon is 0.2 (Table 4 of TruDi's paper, arXiv 2606.15260; FPO's code has
-0.05). What all leave open is as in ppo_mjx.py.
+What differs from trudi_mjx.py: the policy is a flow, whose velocity a network gives, integrated in 10 Euler
+steps from noise at t = 1 to a latent at t = 0, of which the action is the tanh. The loss is PPO's clipped one
+(arXiv 1707.06347, Eq. 7) with another ratio, exp(old - new) of conditional flow matching losses, each the
+mean over 8 draws of noise and time that were made when the action was taken. The network's velocity is
+compared as the noise that it stands for (FPO's paper, Section 3, and its code). Advantages are those of GAE
+(arXiv 1506.02438, Eq. 16) with a value V(s).
 
-E13 is in README.md's table of errata. Axes: T steps of a rollout, E environments, B states of a batch, S draws, A action
-dimensions, K seeds."""
+Networks are MLPs of five layers with SiLU, 32 wide for the actor and 256 for the critic, and epsilon is 0.2
+(Table 4 of TruDi's paper, arXiv 2606.15260; FPO's code has 0.05). What all leave open is as in ppo_mjx.py.
+
+README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
+environments, B states of a batch, S draws, A action dimensions, K seeds.
+"""
 
 import dataclasses
 import difflib
 import functools
-import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -32,10 +46,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from collections.abc import Callable
 from importlib import import_module, metadata, util
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,175 +57,468 @@ import optax
 import orbax.checkpoint as ocp
 import tensorboardX
 import tyro
-from flax import nnx
+from flax import nnx, traverse_util
 from jax import Array, NamedSharding, P
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
-DMC = ("AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup CheetahRun "
-       "CartpoleSwingupSparse FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop HopperStand PendulumSwingup "
-       "ReacherEasy ReacherHard WalkerRun WalkerStand WalkerWalk").split()
-HUMANOID = ["G1JoystickFlatTerrain", "G1JoystickRoughTerrain", "T1JoystickFlatTerrain", "T1JoystickRoughTerrain"]
-SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
-PRESET = {  # paper: Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches; cpu: for two cores, the critic as TruDi's
-    "paper": dict(total_timesteps=50_000_000, num_envs=1024, num_steps=128, num_epochs=5, minibatch_size=32768, hidden_dim=256,
-                  num_eval_envs=128, eval_interval=15, checkpoint_interval=15),
-    "cpu": dict(total_timesteps=2_000_000, num_envs=512, num_steps=64, num_epochs=5, minibatch_size=1024, hidden_dim=64,
-                num_eval_envs=64, eval_interval=3, checkpoint_interval=3)}
-ACTION_LIMIT = 0.999  # clips actions for the simulator; not in the losses, where the latents are
-TIME_FEATURES, DRAWS, OUTPUT_SCALE = 8, 8, 0.25  # of t; S; of the velocity
-Pose = namedtuple("Pose", "qpos qvel mocap_pos mocap_quat xfrc_applied")  # what a renderer needs
 SCRIPT = pathlib.Path(__file__).stem
-# ------------------------------------------------------------------------------------------------------- arguments
+
+# ----------------------------------------------------------------------------------------------- constants
+DMC = (
+    "AcrobotSwingup AcrobotSwingupSparse BallInCup CartpoleBalance CartpoleBalanceSparse CartpoleSwingup "
+    "CartpoleSwingupSparse CheetahRun FingerSpin FingerTurnEasy FingerTurnHard FishSwim HopperHop "
+    "HopperStand PendulumSwingup ReacherEasy ReacherHard WalkerRun WalkerStand WalkerWalk"
+).split()
+HUMANOID = "G1JoystickFlatTerrain G1JoystickRoughTerrain T1JoystickFlatTerrain T1JoystickRoughTerrain".split()
+SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
+# Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
+TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
+PAPER = dict(  # Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches
+    total_timesteps=50_000_000,
+    num_envs=1024,
+    num_steps=128,
+    num_epochs=5,
+    minibatch_size=32768,
+    hidden_dim=256,
+    num_eval_envs=128,
+    eval_interval=15,
+)
+CPU = dict(  # for two cores, the critic as wide as TruDi's
+    total_timesteps=2_000_000,
+    num_envs=512,
+    num_steps=64,
+    num_epochs=5,
+    minibatch_size=1024,
+    hidden_dim=64,
+    num_eval_envs=64,
+    eval_interval=3,
+)
+PRESET = {"paper": PAPER, "cpu": CPU}
+
+# Clips actions for the simulator; not in the losses, where the latents are.
+ACTION_LIMIT = 0.999
+TIME_FEATURES = 8  # of t
+DRAWS = 8  # S
+OUTPUT_SCALE = 0.25  # of the velocity
+
+
+# ------------------------------------------------------------------------------------------------ arguments
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Train an FPO agent. A flag whose default is None takes the value of --preset or of the task's suite."""
-    env_id: str = "CartpoleBalance"  # task of MuJoCo Playground
-    exp_name: str = "fpo_mjx"  # part of the run folder's name
-    seed: int = 1  # seed of the first run; run k has seed + k
-    num_seeds: int = 1  # independent runs trained side by side in this process
-    preset: Literal["paper", "cpu"] = "paper"  # sizes: the paper's Table 5, or small ones for two CPU cores
-    impl: Literal["jax", "warp"] | None = None  # simulator, MJX or MuJoCo Warp; default: warp on a GPU, jax elsewhere
-    log_dir: str = "runs"  # parent of the run folders
-    num_envs: int | None = None  # parallel environments of each run
-    num_steps: int | None = None  # steps of each environment in a rollout
-    num_epochs: int | None = None  # passes over a rollout
-    minibatch_size: int | None = None  # states in a gradient step
-    gamma: float | None = None  # discount
-    gae_lambda: float = 0.95  # lambda of the advantages
-    learning_rate: float = 3e-4  # of Adam, of actor and critic
-    max_grad_norm: float = 1.0  # global-norm clip, of actor and critic apart
-    hidden_dim: int | None = None  # width of the critic
-    actor_hidden_dim: int = 32  # width of the actor
-    epsilon: float = 0.2  # how far from 1 the ratio is worth moving
-    num_flow_steps: int = 10  # Euler steps from noise to an action
-    # The flags from here on may differ when a run is continued or evaluated.
-    device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run; gpu fails where there is none
-    num_devices: int = 1  # local devices over which the environments are sharded
-    compilation_cache_dir: str = "~/.cache/trudi_jax"  # compiled programs are kept here between runs; empty: nowhere
-    total_timesteps: int | None = None  # environment steps of each run, over all its environments
-    eval_mode: Literal["sample", "zero"] = "sample"  # from noise, as in training, or from noise 0
-    eval_interval: int | None = None  # iterations between evaluations; the last one is always followed by one
-    num_eval_envs: int | None = None  # episodes in an evaluation
-    checkpoint_interval: int | None = None  # iterations between checkpoints, likewise
-    capture_video: bool = False  # write an mp4 of one episode at each evaluation
-    track: bool = False  # log to Weights & Biases too
-    wandb_project_name: str = "trudi"  # its project
-    wandb_entity: str | None = None  # its team
-    resume: str | None = None  # run folder to continue, with its own arguments
-    evaluate: str | None = None  # run folder to evaluate, without training
-    batch_size: tyro.conf.Suppress[int] = 0  # environment steps in an iteration, computed
-    num_iterations: tyro.conf.Suppress[int] = 0  # computed; as in CleanRL, steps that do not fill one are left out
+    """Train an FPO agent. A flag whose default is None takes the value of --preset or of the suite."""
+
+    # Experiment
+    env_id: str = "CartpoleBalance"
+    """task of MuJoCo Playground, or module:Class of an MjxEnv of your own"""
+    env_config: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """key=value (repeatable) or a JSON object that overrides the task's own configuration"""
+    episode_length: int | None = None
+    """steps after which an episode is truncated; default: the task's"""
+    exp_name: str = SCRIPT
+    """part of the run folder's name"""
+    seed: int = 1
+    """seed of the first run; run k has seed + k"""
+    num_seeds: int = 1
+    """independent runs trained side by side in this process"""
+    preset: Literal["paper", "cpu"] = "paper"
+    """sizes: the paper's Tables 4 and 5, or small ones for two CPU cores"""
+    impl: Literal["jax", "warp"] | None = None
+    """simulator, MJX or MuJoCo Warp; default: warp on a GPU, jax elsewhere"""
+    log_dir: str = "runs"
+    """parent of the run folders"""
+
+    # Rollouts and updates
+    num_envs: int | None = None
+    """parallel environments of each run (paper: 1024)"""
+    num_steps: int | None = None
+    """steps of each environment in a rollout (paper: 128)"""
+    num_epochs: int | None = None
+    """passes over a rollout (the paper is silent; RSL-RL: 5)"""
+    minibatch_size: int | None = None
+    """states in a gradient step (the paper is silent; RSL-RL: a fourth of a rollout)"""
+    gamma: float | None = None
+    """discount (paper: 0.99 on DMC, 0.97 on humanoids)"""
+    gae_lambda: float = 0.95
+    """lambda of the advantages"""
+    learning_rate: float = 3e-4
+    """of Adam, of actor and critic"""
+    max_grad_norm: float = 1.0
+    """global-norm clip, of actor and critic apart"""
+
+    # Policy and critic
+    hidden_dim: int | None = None
+    """width of the critic (paper: 256)"""
+    actor_hidden_dim: int = 32
+    """width of the actor"""
+    epsilon: float = 0.2
+    """how far from 1 the ratio is worth moving"""
+    num_flow_steps: int = 10
+    """Euler steps from noise to an action"""
+
+    # What may differ when a run is continued or evaluated; MAY_CHANGE lists it
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where to run; gpu fails where there is none"""
+    num_devices: int = 1
+    """local devices over which the environments are sharded"""
+    compilation_cache_dir: str = "~/.cache/trudi_jax"
+    """compiled programs are kept here between runs; empty: nowhere"""
+    total_timesteps: int | None = None
+    """environment steps of each run, over all its environments (paper: 50M)"""
+    eval_mode: Literal["sample", "zero"] = "sample"
+    """how to act: from noise, as in training, or from noise 0"""
+    eval_interval: int | None = None
+    """iterations between evaluations; the last one is always followed by one (--preset paper: 15)"""
+    num_eval_envs: int | None = None
+    """episodes in an evaluation (--preset paper: 128)"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "trudi"
+    """project of Weights & Biases"""
+    wandb_entity: str | None = None
+    """team of Weights & Biases"""
+
+    # Checkpoints and video
+    checkpoint_interval: int | None = None
+    """iterations between checkpoints; default: --eval-interval; the last one is always followed by one"""
+    capture_video: bool = False
+    """write an mp4 of one episode at each evaluation"""
+    resume: str | None = None
+    """run folder to continue, with its own arguments"""
+    evaluate: str | None = None
+    """run folder to evaluate, without training"""
+
+    # Computed
+    batch_size: tyro.conf.Suppress[int] = 0
+    """environment steps in an iteration"""
+    num_iterations: tyro.conf.Suppress[int] = 0
+    """as in CleanRL, steps that do not fill an iteration are left out"""
+
 
 def fail(message: str) -> None:
     """Refuse bad input: one line on stderr and exit code 2."""
-    print(f"{SCRIPT}.py: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def flag(name: str) -> str:
+    """A field of Args as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
 
 def resolve(args: Args) -> Args:
     """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
-    if args.env_id not in DMC + HUMANOID:
-        near = difflib.get_close_matches(args.env_id, DMC + HUMANOID, 3, 0.4) or DMC[:3]
-        fail(f"unknown --env-id {args.env_id}; the nearest are {', '.join(near)}")
-    if args.device == "cpu":
+    devices = find_devices(args.device)
+    suite = find_suite(args.env_id)
+    values = SUITE[suite] | PRESET[args.preset]
+    values["impl"] = "warp" if devices[0].platform == "gpu" else "jax"
+    values |= {name: value for name, value in vars(args).items() if value is not None}
+    values["env_config"] = merge_config(args)
+    values["batch_size"] = values["num_envs"] * values["num_steps"]
+    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
+    values.setdefault("checkpoint_interval", values["eval_interval"])
+    args = dataclasses.replace(args, **values)
+    check_args(args, devices)
+    return args
+
+
+def find_suite(env_id: str) -> str:
+    """The suite whose discount and atoms suit a task; exits with code 2 if there is no such task."""
+    if env_id in DMC:
+        return "dmc"
+    if env_id in HUMANOID:
+        return "humanoid"
+    suite = "dmc"
+    if ":" not in env_id:
+        registry = import_playground(env_id).registry
+        if env_id not in registry.ALL_ENVS:
+            near = difflib.get_close_matches(env_id, registry.ALL_ENVS, 3, 0.4) or DMC[:3]
+            fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
+        if env_id not in registry.dm_control_suite.ALL_ENVS:
+            suite = "humanoid"
+    print(f"{env_id} is none of the paper's tasks; unless flags say otherwise it has {SUITE[suite]}")
+    return suite
+
+
+def merge_config(args: Args) -> tuple[str, ...]:
+    """--env-config over what this script changes in the task, as key=value, each key once."""
+    config = dict(TASK_CONFIG.get(args.env_id, {}))
+    for text in args.env_config:
+        config |= parse_config(text)
+    return tuple(f"{key}={json.dumps(value)}" for key, value in config.items())
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Dotted keys and values of key=value, whose value is JSON or a word, or of a JSON object."""
+    try:
+        if text.startswith("{"):
+            return traverse_util.flatten_dict(json.loads(text), sep=".")
+    except ValueError as error:
+        fail(f"--env-config {text} is not JSON ({error})")
+    key, equals, value = text.partition("=")
+    if not equals:
+        fail(f"--env-config {text} is neither key=value nor a JSON object")
+    try:
+        return {key: json.loads(value)}
+    except ValueError:
+        return {key: value}
+
+
+def find_devices(device: str) -> list[jax.Device]:
+    """The local devices of a kind; exits with code 2 where there is none."""
+    if device == "cpu":
         jax.config.update("jax_platforms", "cpu")  # MJX puts its constants on the default device
     try:
-        devices = jax.local_devices(backend="gpu" if args.device == "gpu" else None)
+        return jax.local_devices(backend="gpu" if device == "gpu" else None)
     except RuntimeError as error:
-        fail(f"JAX has no {args.device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
-    values = {"impl": "warp" if devices[0].platform == "gpu" else "jax"} | SUITE["dmc" if args.env_id in DMC else "humanoid"]
-    values |= PRESET[args.preset] | {k: v for k, v in vars(args).items() if v is not None}
-    size = values["num_envs"] * values["num_steps"]
-    args = dataclasses.replace(args, **values | dict(batch_size=size, num_iterations=values["total_timesteps"] // max(size, 1)))
-    may_be_zero = ("seed", "num_iterations", "gamma", "gae_lambda")
-    numbers = {f"--{k}".replace("_", "-"): v for k, v in vars(args).items() if type(v) in (int, float) and k not in may_be_zero}
-    shards, split = max(args.num_devices * jax.process_count(), 1), ("--num-envs", "--minibatch-size", "--num-eval-envs")
-    rules = [(v > 0, f"{k} must be positive, not {v}") for k, v in numbers.items()] + [
-        (args.seed >= 0, "--seed must not be negative"),
-        (0 <= args.gamma < 1 and 0 <= args.gae_lambda <= 1, "--gamma must lie in [0, 1) and --gae-lambda in [0, 1]"),
-        (args.num_iterations > 0, f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps"),
-        (args.batch_size % max(args.minibatch_size, 1) == 0, f"--minibatch-size {args.minibatch_size} does not divide "
-         f"--num-envs x --num-steps = {args.batch_size}"),
-        (args.num_devices <= len(devices), f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here; on a CPU, "
-         f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more"),
-        (args.impl != "warp" or shards == 1, "--impl warp trains on one device only; use --impl jax"),
-        *((numbers[k] % shards == 0, f"{k} {numbers[k]} does not divide over {shards} devices") for k in split)]
-    for message in (message for holds, message in rules if not holds):
-        fail(message)
-    return args
-# --------------------------------------------------------------------------- environments and their observations
-Agent = namedtuple("Agent", "args env time_limit mesh")  # what stays constant while training; compiled programs close over it
-# E environments: Playground's states, those that follow an end, steps towards the time-out, steps and rewards since a reset.
-EnvState = namedtuple("EnvState", "sim reset_to clock length total")  # clock and length differ in the first episode only
-# A rollout, leaves (T, E, ...): raw observations, latents of the actions (A,), noise (S, A), times (S, 1) and loss of their
-# flow matching by the policy that acted, true next observations, and which episodes seen whole ended here, with their
-# returns and lengths.
-Transition = namedtuple("Transition", "observation latent noise time loss reward terminated truncated next_observation episode")
+        fail(f"JAX has no {device} device ({error}); install jax[cuda13] or jax[cuda12], or use --device cpu")
 
-def make_agent(args: Args) -> Agent:
-    """Load a Playground task and lay out the devices. Exits with code 2 if the task's meshes can't be had."""
-    meshes = pathlib.Path(util.find_spec("mujoco_playground").origin).parent / "external_deps" / "mujoco_menagerie"
+
+# ---------------------------------------------------------------------------------------------- environments
+class Setup(NamedTuple):
+    """What stays constant while training; compiled programs close over it."""
+
+    args: Args
+    env: Any  # the task, an MjxEnv
+    action_size: int
+    time_limit: int  # steps after which an episode is truncated
+    mesh: jax.sharding.Mesh  # the devices, over which environments are sharded
+
+
+class EnvState(NamedTuple):
+    """E environments. `clock` and `length` differ only in an environment's first episode."""
+
+    sim: Any  # Playground's states
+    starts: Any  # those that the next episodes start from
+    clock: Array  # (E,), steps towards the time limit
+    length: Array  # (E,), steps since the episode's start
+    total: Array  # (E,), rewards since then
+
+
+class Outcome(NamedTuple):
+    """What comes of a step of E environments."""
+
+    reward: Array  # (E,)
+    terminated: Array  # (E,)
+    truncated: Array  # (E,), and not terminated
+    next_observation: Any  # (E, .), the true one, also where an episode ended
+    episode_ended: Array  # (E,), whether one that was seen from its start did
+    episode_return: Array  # (E,), so far
+    episode_length: Array  # (E,), so far
+
+
+def import_playground(env_id: str) -> Any:
+    """MuJoCo Playground, imported. Exits with code 2 if it lacks the task's meshes and cannot have them."""
+    package = pathlib.Path(util.find_spec("mujoco_playground").origin).parent
+    meshes = package / "external_deps" / "mujoco_menagerie"
     try:
-        if args.env_id in HUMANOID and not meshes.exists():  # Playground is slow to import, then clones: can it?
+        if env_id in HUMANOID and not meshes.exists():  # it would clone them, after a long import
             socket.create_connection(("github.com", 443), timeout=2).close()
-        mujoco, registry = import_module("mujoco"), import_module("mujoco_playground").registry
-        # Playground 0.2.0 compares versions as texts and takes MuJoCo 3.10 to 3.17 for ones that had this name (Reacher).
-        mujoco.MjSpec.find_body = mujoco.MjSpec.body
-        env = registry.load(args.env_id, config_overrides={"impl": args.impl})
+        playground = import_module("mujoco_playground")
     except (OSError, subprocess.CalledProcessError) as error:
-        fail(f"{args.env_id} needs meshes that cannot be downloaded ({error}); in advance, "
-             f"git clone https://github.com/google-deepmind/mujoco_menagerie and copy or link it to {meshes}")
-    used = [device for i, device in enumerate(jax.devices()) if i % jax.local_device_count() < args.num_devices]
-    return Agent(args, env, registry.get_default_config(args.env_id).episode_length, jax.sharding.Mesh(used, ("env",)))
+        fail(
+            f"{env_id} needs meshes that cannot be downloaded ({error}); in advance, git clone "
+            f"https://github.com/google-deepmind/mujoco_menagerie and copy or link it to {meshes}"
+        )
+    # Playground 0.2.0 compares versions as texts: with MuJoCo 3.10 to 3.17 it calls this by its old name.
+    spec = import_module("mujoco").MjSpec
+    spec.find_body = spec.body
+    return playground
 
-def views(observation: Any) -> tuple[Array, Array]:
-    """What actor and critic see; tasks with privileged information keep it from the actor."""
-    return (observation["state"], observation["privileged_state"]) if isinstance(observation, dict) else (observation,) * 2
 
-def over_envs(agent: Agent, function: Any, *inputs: Any) -> Any:
-    """Call the simulator's reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments."""
+def find_task(args: Args) -> tuple[Callable, Any]:
+    """What makes the task, called with config and config_overrides, and its default configuration."""
+    if ":" not in args.env_id:
+        registry = import_playground(args.env_id).registry
+        task = functools.partial(registry.load, args.env_id)
+        return task, registry.get_default_config(args.env_id)
+    module_name, _, class_name = args.env_id.partition(":")
+    try:
+        module = import_module(module_name)
+        task = getattr(module, class_name)
+    except (ImportError, AttributeError) as error:
+        fail(f"--env-id {args.env_id} is not an importable module:Class ({error})")
+    base = import_playground(args.env_id).MjxEnv
+    if not isinstance(task, type) or not issubclass(task, base):
+        fail(f"--env-id {args.env_id} must be a subclass of mujoco_playground.MjxEnv")
+    if hasattr(module, "default_config"):  # as Playground's modules have
+        return task, module.default_config()
+    return lambda **_: task(), ConfigDict()
+
+
+def make_setup(args: Args) -> Setup:
+    """Make the task and lay out the devices; exits with code 2 on a configuration that the task has not."""
+    task, config = find_task(args)
+    known = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    overrides: dict[str, Any] = {}
+    for text in args.env_config:
+        overrides |= parse_config(text)
+    for key in overrides.keys() - known.keys():
+        near = difflib.get_close_matches(key, known, 3, 0.4) or sorted(known)[:3]
+        fail(f"--env-config {key}: {args.env_id} has no such setting; the nearest are {', '.join(near)}")
+    if "impl" in known:
+        overrides["impl"] = args.impl
+    try:
+        env = task(config=config, config_overrides=overrides)
+    except (TypeError, ValueError, OSError, subprocess.CalledProcessError) as error:
+        fail(f"{args.env_id} cannot be made with {overrides} ({error})")
+    time_limit = args.episode_length or config.get("episode_length")
+    if not time_limit:
+        fail(f"{args.env_id} has no episode_length; give it with --episode-length")
+    devices = []
+    for index, device in enumerate(jax.devices()):
+        if index % jax.local_device_count() < args.num_devices:
+            devices.append(device)
+    return Setup(args, env, env.action_size, int(time_limit), jax.sharding.Mesh(devices, ("env",)))
+
+
+def over_envs(setup: Setup, function: Callable, *inputs: Any) -> Any:
+    """Call reset(keys (E, 2)) or step(states, actions (E, A)); each device computes its own environments."""
     call = jax.vmap(function)
-    if agent.mesh.size > 1:  # Warp's programs cannot be mapped over seeds around a shard_map
-        call = jax.shard_map(call, mesh=agent.mesh, in_specs=P("env"), out_specs=P("env"), check_vma=False)
-    sim = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), call(*inputs))  # never weakly typed, for loops
-    return sim.replace(reward=jnp.where((sim.done > 0) & jnp.isnan(sim.reward), 0.0, sim.reward))  # Playground ends what is NaN
+    if setup.mesh.size > 1:  # Warp's programs cannot be mapped over seeds around a shard_map
+        spec = P("env")
+        call = jax.shard_map(call, mesh=setup.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    sim = call(*inputs)
+    sim = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), sim)  # loops want no weak types
+    failed = (sim.done > 0) & jnp.isnan(sim.reward)  # Playground ends a simulation that has become NaN
+    return sim.replace(reward=jnp.where(failed, 0.0, sim.reward))
 
-def env_reset(agent: Agent, key: Array) -> EnvState:
-    """Start the training environments, their clocks spread over an episode so that time-outs do not coincide."""
-    (sim_key, clock_key), zeros = jax.random.split(key), jnp.zeros(agent.args.num_envs)
-    sim = over_envs(agent, agent.env.reset, jax.random.split(sim_key, zeros.size))
-    return EnvState(sim, sim, jax.random.randint(clock_key, zeros.shape, 0, agent.time_limit), zeros.astype(int), zeros)
 
-def env_step(agent: Agent, env: EnvState, action: Array) -> tuple[EnvState, tuple]:
-    """Step, end and restart episodes; returns the new state and Transition's fields from reward on."""
-    sim = over_envs(agent, agent.env.step, env.sim, action)
-    clock, length, total, terminated = env.clock + 1, env.length + 1, env.total + sim.reward, sim.done > 0
-    done = terminated | (clock >= agent.time_limit)
-    def restart(initial: Array, now: Array) -> Array:  # some of MuJoCo Warp's buffers are shared between environments
-        return now if now.shape[:1] != done.shape else jnp.where(done.reshape(-1, *[1] * (now.ndim - 1)), initial, now)
-    outcome = (sim.reward, terminated, done & ~terminated, sim.obs, (done & (length == clock), total, length))
-    sim, counters = jax.tree.map(restart, env.reset_to, sim), (jnp.where(done, 0, x) for x in (clock, length, total))
-    return EnvState(sim, env.reset_to, *counters), outcome
+def env_reset(setup: Setup, key: Array) -> EnvState:
+    """Start the training environments, clocks spread over an episode so that time-outs do not coincide."""
+    num_envs = setup.args.num_envs
+    sim_key, clock_key = jax.random.split(key)
+    sim = over_envs(setup, setup.env.reset, jax.random.split(sim_key, num_envs))
+    return EnvState(
+        sim=sim,
+        starts=sim,
+        clock=jax.random.randint(clock_key, (num_envs,), 0, setup.time_limit),
+        length=jnp.zeros(num_envs, int),
+        total=jnp.zeros(num_envs),
+    )
 
-Statistics = namedtuple("Statistics", "count moments")  # moments: mean and variance (2, .) of every entry
-def update_statistics(statistics: Statistics, observations: Any) -> Statistics:
-    """Merge observations, leaves (T, E, .), into the moments: Welford's update for batches (Chan et al., 1979)."""
-    n, m = statistics.count, np.prod(jax.tree.leaves(observations)[0].shape[:2])
+
+def env_step(setup: Setup, env_state: EnvState, action: Array) -> tuple[EnvState, Outcome]:
+    """Step, end and restart episodes; actions (E, A)."""
+    sim = over_envs(setup, setup.env.step, env_state.sim, action)
+    clock = env_state.clock + 1
+    length = env_state.length + 1
+    total = env_state.total + sim.reward
+    terminated = sim.done > 0
+    done = terminated | (clock >= setup.time_limit)
+    outcome = Outcome(
+        reward=sim.reward,
+        terminated=terminated,
+        truncated=done & ~terminated,
+        next_observation=sim.obs,
+        episode_ended=done & (length == clock),
+        episode_return=total,
+        episode_length=length,
+    )
+
+    def restart(start: Array, now: Array) -> Array:
+        if now.shape[:1] != done.shape:  # some of MuJoCo Warp's buffers are shared between environments
+            return now
+        mask = done.reshape(-1, *[1] * (now.ndim - 1))
+        return jnp.where(mask, start, now)
+
+    after = EnvState(
+        sim=jax.tree.map(restart, env_state.starts, sim),
+        starts=env_state.starts,
+        clock=jnp.where(done, 0, clock),
+        length=jnp.where(done, 0, length),
+        total=jnp.where(done, 0, total),
+    )
+    return after, outcome
+
+
+def refill_starts(setup: Setup, env_state: EnvState, key: Array) -> EnvState:
+    """Shift new states into the queue that episodes start from, as many as a rollout's time-outs take out.
+
+    No more than that, as a reset can cost as much as 200 steps (CheetahRun's does).
+    """
+    num_envs = setup.args.num_envs
+    time_outs = math.ceil(num_envs * setup.args.num_steps / setup.time_limit)
+    count = min(num_envs, time_outs)
+    new = jax.vmap(setup.env.reset)(jax.random.split(key, count))
+
+    def shift(queue: Array, new: Array) -> Array:
+        if queue.shape[:1] != (num_envs,):  # a buffer that environments share
+            return queue
+        return jnp.concatenate([queue[count:], new])
+
+    return env_state._replace(starts=jax.tree.map(shift, env_state.starts, new))
+
+
+# ---------------------------------------------------------------------------------------------- observations
+class Inputs(NamedTuple):
+    """Observations as the two networks get them."""
+
+    actor: Array
+    critic: Array
+
+
+def network_inputs(observation: Any) -> Inputs:
+    """What actor and critic see; tasks with privileged information keep it from the actor."""
+    if isinstance(observation, dict):
+        return Inputs(observation["state"], observation["privileged_state"])
+    return Inputs(observation, observation)
+
+
+class Statistics(NamedTuple):
+    """Running mean and variance of every entry of an observation."""
+
+    count: Array
+    moments: Any  # mean and variance (2, .), a tree like an observation
+
+
+def init_statistics(observation: Any) -> Statistics:
+    """Of no observation yet; `observation` has leaves (E, .)."""
+    return Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.shape[-1])), observation))
+
+
+def update_statistics(statistics: Statistics, observation: Any) -> Statistics:
+    """Merge observations, leaves (T, E, .): Welford's update for batches (Chan et al., 1979)."""
+    size = np.prod(jax.tree.leaves(observation)[0].shape[:2])
+    count = statistics.count + size
+    weight = size / count
+
     def merge(x: Array, old: Array) -> Array:
-        delta, weight = x.mean((0, 1)) - old[0], m / (n + m)
-        return jnp.stack([old[0] + weight * delta, (1 - weight) * (old[1] + weight * delta**2) + weight * x.var((0, 1))])
-    return Statistics(n + m, jax.tree.map(merge, observations, statistics.moments))
+        mean, variance = old
+        delta = x.mean((0, 1)) - mean
+        merged = (1 - weight) * (variance + weight * delta**2) + weight * x.var((0, 1))
+        return jnp.stack([mean + weight * delta, merged])
+
+    return Statistics(count, jax.tree.map(merge, observation, statistics.moments))
+
 
 def normalize(statistics: Statistics, observation: Any) -> Any:
     """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
-    return jax.tree.map(lambda x, s: jnp.clip((x - s[0]) / jnp.sqrt(s[1] + 1e-2), -10, 10), observation, statistics.moments)
-# -------------------------------------------------------------------------------------------------------- networks
+
+    def standardize(x: Array, moments: Array) -> Array:
+        mean, variance = moments
+        return jnp.clip((x - mean) / jnp.sqrt(variance + 1e-2), -10, 10)
+
+    return jax.tree.map(standardize, observation, statistics.moments)
+
+
+# -------------------------------------------------------------------------------------------------- networks
 class Actor(nnx.Module):
-    """The velocity of the flow."""
+    """The velocity of the flow.
+
+    What a replacement must keep is an output layer that starts at zero, since `iterate` normalises the first
+    rollout with statistics that the actor had not when it acted.
+    """
+
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
-        sizes, width = [observation_size + action_size + TIME_FEATURES] + [args.actor_hidden_dim] * 4, args.actor_hidden_dim
         self.num_steps = args.num_flow_steps
+        width = args.actor_hidden_dim
+        sizes = [observation_size + action_size + TIME_FEATURES, width, width, width, width]
+        zeros = nnx.initializers.zeros
         self.hidden = nnx.List([nnx.Linear(size, width, rngs=rngs) for size in sizes])
-        self.output = nnx.Linear(width, action_size, kernel_init=nnx.initializers.zeros, rngs=rngs)  # it starts at 0
+        self.output = nnx.Linear(width, action_size, kernel_init=zeros, rngs=rngs)
+
     def __call__(self, observation: Array, latent: Array, time: Array) -> Array:
         """Velocities (..., A) at observations (..., .), latents (..., A) and times (..., 1)."""
         angle = time * 2.0 ** jnp.arange(TIME_FEATURES // 2)
@@ -221,329 +527,768 @@ class Actor(nnx.Module):
             x = nnx.silu(hidden(x))
         return OUTPUT_SCALE * self.output(x)
 
+
 class Critic(nnx.Module):
     """The value V(s)."""
-    def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
-        sizes, width = [observation_size] + [args.hidden_dim] * 4, args.hidden_dim
+
+    def __init__(self, args: Args, observation_size: int, rngs: nnx.Rngs):
+        width = args.hidden_dim
+        sizes = [observation_size, width, width, width, width]
         self.hidden = nnx.List([nnx.Linear(size, width, rngs=rngs) for size in sizes])
         self.output = nnx.Linear(width, 1, rngs=rngs)
+
     def __call__(self, observation: Array) -> Array:
         """Values (B,)."""
+        x = observation
         for hidden in self.hidden:
-            observation = nnx.silu(hidden(observation))
-        return self.output(observation)[..., 0]
-# ------------------------------------------------------------------------------------------------------------- flow
-Sample = namedtuple("Sample", "latent noise time loss")  # B states: (B, A), draws (B, S, A) and (B, S, 1), their loss (B,)
+            x = nnx.silu(hidden(x))
+        return self.output(x)[..., 0]
+
+
+# ------------------------------------------------------------------------------------------------------ flow
+class Sample(NamedTuple):
+    """A sample of the policy at B states, and draws for its flow matching."""
+
+    latent: Array  # (B, A), the action before the tanh
+    noise: Array  # (B, S, A)
+    time: Array  # (B, S, 1)
+    loss: Array  # (B,), of the latent's flow matching with these draws
+
+
 def integrate(actor: Actor, observation: Array, noise: Array) -> Array:
     """Latents (B, A) at the flow's end, from noise (B, A)."""
+
     def step(latent: Array, k: Array) -> tuple[Array, None]:
         time = jnp.full((len(latent), 1), 1 - k / actor.num_steps)
         return latent - actor(observation, latent, time) / actor.num_steps, None
-    return jax.lax.scan(step, noise, jnp.arange(actor.num_steps))[0]
+
+    latent, _ = jax.lax.scan(step, noise, jnp.arange(actor.num_steps))
+    return latent
+
 
 def matching_loss(actor: Actor, observation: Array, latent: Array, noise: Array, time: Array) -> Array:
-    """Conditional flow matching losses (B,) of latents (B, A), means over draws of noise (B, S, A) and time (B, S, 1)."""
+    """Conditional flow matching losses (B,) of latents (B, A), means over noise (B, S, A), time (B, S, 1)."""
     between = time * noise + (1 - time) * latent[:, None]
-    seen = jnp.broadcast_to(observation[:, None], (*noise.shape[:2], observation.shape[-1]))
-    predicted = between + (1 - time) * actor(seen, between, time)  # of the noise, if the flow goes on straight
+    repeated = jnp.broadcast_to(observation[:, None], (*noise.shape[:2], observation.shape[-1]))
+    # The noise that the flow comes from, if it is straight.
+    predicted = between + (1 - time) * actor(repeated, between, time)
     return ((noise - predicted) ** 2).mean((-2, -1))
-# ------------------------------------------------------------------------------------------------------ advantages
-def advantages(args: Args, reward: Array, terminated: Array, truncated: Array, value: Array, next_value: Array) -> Array:
-    """GAE, everything (T, E); `value` is V where an action was taken, `next_value` V at the true next observations."""
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+def advantages(
+    args: Args, reward: Array, terminated: Array, truncated: Array, value: Array, next_value: Array
+) -> Array:
+    """GAE, everything (T, E); `value` is V at the observations, `next_value` V at the true next ones."""
+
     def step(later: Array, now: tuple) -> tuple[Array, Array]:
         reward, terminated, truncated, value, next_value = now
         # Chosen, not multiplied by 0: a simulation that has become NaN ends, and its last value is NaN.
-        error = reward + args.gamma * jnp.where(terminated, 0.0, next_value) - value
-        advantage = error + args.gamma * args.gae_lambda * jnp.where(terminated | truncated, 0.0, later)
+        future = jnp.where(terminated, 0.0, next_value)
+        error = reward + args.gamma * future - value
+        later = jnp.where(terminated | truncated, 0.0, later)
+        advantage = error + args.gamma * args.gae_lambda * later  # Eq. 16 of GAE's paper
         return advantage, advantage
-    return jax.lax.scan(step, jnp.zeros_like(value[-1]), (reward, terminated, truncated, value, next_value), reverse=True)[1]
-# ------------------------------------------------------------------------------------------------ losses, learning
-Learner = namedtuple("Learner", "actor critic actor_opt critic_opt")  # all that learns; networks are pytrees
-# B states: normalised observations of both networks, and from the rollout latents, draws, old losses, advantages and returns.
-Batch = namedtuple("Batch", "seen_by_actor seen_by_critic latent noise time loss advantage target")
-def optimizers(args: Args) -> list[optax.GradientTransformation]:
-    """Adam for actor and critic, whose gradients' global norms it clips apart."""
-    return [optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.adam(args.learning_rate))] * 2
+
+    steps = (reward, terminated, truncated, value, next_value)
+    _, found = jax.lax.scan(step, jnp.zeros_like(value[-1]), steps, reverse=True)
+    return found
+
+
+# ---------------------------------------------------------------------------------------- losses and updates
+Metrics = dict[str, Array]  # by the names under which they are logged
+
+
+class Learner(NamedTuple):
+    """All that learns. Networks are pytrees of their weights."""
+
+    actor: Actor
+    critic: Critic
+    actor_opt_state: Any
+    critic_opt_state: Any
+
+
+class Batch(NamedTuple):
+    """B states of a rollout."""
+
+    actor_observation: Array  # (B, .), normalised
+    critic_observation: Array  # (B, .), normalised
+    latent: Array  # (B, A), of the action
+    noise: Array  # (B, S, A)
+    time: Array  # (B, S, 1)
+    loss: Array  # (B,), flow matching by the policy that acted
+    advantage: Array  # (B,), standardised
+    target: Array  # (B,), lambda-returns
+
+
+class Optimizers(NamedTuple):
+    """Of the two networks."""
+
+    actor: optax.GradientTransformation
+    critic: optax.GradientTransformation
+
+
+def make_optimizers(args: Args) -> Optimizers:
+    """Adam for both, with gradients clipped by their own global norm."""
+    clip = optax.clip_by_global_norm(args.max_grad_norm)
+    adam = optax.chain(clip, optax.adam(args.learning_rate))
+    return Optimizers(actor=adam, critic=adam)
+
 
 def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
     """The squared error of the critic's values."""
-    return ((critic(batch.seen_by_critic) - batch.target) ** 2).mean()
+    value = critic(batch.critic_observation)
+    return ((value - batch.target) ** 2).mean()
 
-def actor_loss(actor: Actor, args: Args, batch: Batch) -> tuple:
+
+def actor_loss(actor: Actor, args: Args, batch: Batch) -> tuple[Array, Array]:
     """The clipped loss, and the ratio of every state (B,)."""
-    ratio = jnp.exp(batch.loss - matching_loss(actor, batch.seen_by_actor, batch.latent, batch.noise, batch.time))
+    loss = matching_loss(actor, batch.actor_observation, batch.latent, batch.noise, batch.time)
+    ratio = jnp.exp(batch.loss - loss)
     clipped = jnp.clip(ratio, 1 - args.epsilon, 1 + args.epsilon)
-    return -jnp.minimum(ratio * batch.advantage, clipped * batch.advantage).mean(), ratio
+    gain = jnp.minimum(ratio * batch.advantage, clipped * batch.advantage)  # Eq. 7 of PPO's paper
+    return -gain.mean(), ratio
 
-def update_minibatch(agent: Agent, learner: Learner, batch: Batch) -> tuple[Learner, dict]:
+
+def update_minibatch(setup: Setup, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
     """One gradient step each of critic and actor."""
-    args, (actor_opt, critic_opt) = agent.args, optimizers(agent.args)
-    def descend(optimizer: Any, moments: Any, loss: Callable, parameters: Any, has_aux: bool = False) -> tuple:
-        value, gradient = jax.value_and_grad(loss, has_aux=has_aux)(parameters, args, batch)
-        update, moments = optimizer.update(gradient, moments)
-        return value, optax.apply_updates(parameters, update), moments
-    value, critic, critic_opt = descend(critic_opt, learner.critic_opt, critic_loss, learner.critic)
-    (loss, ratio), actor, actor_opt = descend(actor_opt, learner.actor_opt, actor_loss, learner.actor, has_aux=True)
-    metrics = {"losses/critic": value, "losses/actor": loss, "trust_region/outside": (jnp.abs(ratio - 1) > args.epsilon).mean()}
-    return Learner(actor, critic, actor_opt, critic_opt), metrics
+    args = setup.args
+    optimizers = make_optimizers(args)
 
-def learn(agent: Agent, learner: Learner, data: Batch, key: Array) -> tuple[Learner, dict[str, Array]]:
-    """All epochs of shuffled minibatches; metrics are means over the last epoch."""
-    args, sharding = agent.args, NamedSharding(agent.mesh, P("env"))
-    def minibatch(learner: Learner, rows: Array) -> tuple[Learner, dict]:
-        batch = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[rows], sharding), data)
-        return update_minibatch(agent, learner, batch)
-    shuffle = jax.vmap(lambda key: jax.random.permutation(key, args.batch_size))
-    order = shuffle(jax.random.split(key, args.num_epochs)).reshape(-1, args.minibatch_size)
-    learner, metrics = jax.lax.scan(minibatch, learner, order)
-    return learner, jax.tree.map(lambda x: x[-len(order) // args.num_epochs:].mean(), metrics)
-# ---------------------------------------------------------------------------------------- iteration and evaluation
-TrainState = namedtuple("TrainState", "learner statistics env key iteration")  # everything that a checkpoint holds
-def init_state(agent: Agent, key: Array) -> TrainState:
+    value, gradient = jax.value_and_grad(critic_loss)(learner.critic, args, batch)
+    step, critic_opt_state = optimizers.critic.update(gradient, learner.critic_opt_state)
+    critic = optax.apply_updates(learner.critic, step)
+
+    actor_gradient = jax.value_and_grad(actor_loss, has_aux=True)
+    (loss, ratio), gradient = actor_gradient(learner.actor, args, batch)
+    step, actor_opt_state = optimizers.actor.update(gradient, learner.actor_opt_state)
+    actor = optax.apply_updates(learner.actor, step)
+
+    metrics = {
+        "losses/critic": value,
+        "losses/actor": loss,
+        "trust_region/outside": (jnp.abs(ratio - 1) > args.epsilon).mean(),
+    }
+    return Learner(actor, critic, actor_opt_state, critic_opt_state), metrics
+
+
+def update_epochs(setup: Setup, learner: Learner, data: Batch, key: Array) -> tuple[Learner, Metrics]:
+    """All epochs of shuffled minibatches of a rollout (E * T, ...); metrics are means over the last epoch."""
+    args = setup.args
+    order_keys = jax.random.split(key, args.num_epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, args.batch_size))(order_keys)
+    order = order.reshape(-1, args.minibatch_size)  # a row for each minibatch
+    sharding = NamedSharding(setup.mesh, P("env"))
+
+    def step(learner: Learner, rows: Array) -> tuple[Learner, Metrics]:
+        batch = jax.tree.map(lambda x: x[rows], data)
+        batch = jax.lax.with_sharding_constraint(batch, sharding)
+        return update_minibatch(setup, learner, batch)
+
+    learner, metrics = jax.lax.scan(step, learner, order)
+    minibatches_per_epoch = args.batch_size // args.minibatch_size
+    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(), metrics)
+
+
+# ------------------------------------------------------------------------------------------------- iteration
+class Transition(NamedTuple):
+    """A rollout; leaves (T, E, ...)."""
+
+    observation: Any  # raw
+    latent: Array  # of the action
+    noise: Array  # draws for the latent's flow matching
+    time: Array  # likewise
+    loss: Array  # of flow matching by the policy that acted
+    reward: Array
+    terminated: Array
+    truncated: Array
+    next_observation: Any  # raw; the true one, also where an episode ended
+    episode_ended: Array  # whether an episode that was seen from its start ended here
+    episode_return: Array
+    episode_length: Array
+
+
+class TrainState(NamedTuple):
+    """Everything that a checkpoint holds of one run."""
+
+    learner: Learner
+    statistics: Statistics
+    env_state: EnvState
+    key: Array
+    iteration: Array
+
+
+def init_state(setup: Setup, key: Array) -> TrainState:
     """Networks, Adam, statistics and environments of one run, from its seed's key."""
     actor_key, critic_key, env_key, key = jax.random.split(key, 4)
-    env = env_reset(agent, env_key)
-    actor, critic = (kind(agent.args, seen.shape[-1], agent.env.action_size, nnx.Rngs(k))
-                     for kind, seen, k in zip((Actor, Critic), views(env.sim.obs), (actor_key, critic_key), strict=True))
-    moments = [o.init(p) for o, p in zip(optimizers(agent.args), (actor, critic), strict=True)]
-    statistics = Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.shape[-1])), env.sim.obs))
-    return TrainState(Learner(actor, critic, *moments), statistics, env, key, jnp.zeros((), int))
+    env_state = env_reset(setup, env_key)
+    observation = env_state.sim.obs
+    inputs = network_inputs(observation)
+    actor = Actor(setup.args, inputs.actor.shape[-1], setup.action_size, nnx.Rngs(actor_key))
+    critic = Critic(setup.args, inputs.critic.shape[-1], nnx.Rngs(critic_key))
+    optimizers = make_optimizers(setup.args)
+    learner = Learner(
+        actor=actor,
+        critic=critic,
+        actor_opt_state=optimizers.actor.init(actor),
+        critic_opt_state=optimizers.critic.init(critic),
+    )
+    return TrainState(learner, init_statistics(observation), env_state, key, jnp.zeros((), int))
 
-def sample_policy(agent: Agent, actor: Actor, observation: Array, key: Array) -> Sample:
+
+def sample_policy(setup: Setup, actor: Actor, observation: Array, key: Array) -> Sample:
     """Samples of the actor at normalised observations (B, .), with draws for their flow matching."""
     start_key, noise_key, time_key = jax.random.split(key, 3)
-    latent = integrate(actor, observation, jax.random.normal(start_key, (len(observation), agent.env.action_size)))
-    noise = jax.random.normal(noise_key, (len(latent), DRAWS, latent.shape[-1]))
-    time = jax.random.uniform(time_key, (len(latent), DRAWS, 1))
+    shape = (len(observation), setup.action_size)
+    latent = integrate(actor, observation, jax.random.normal(start_key, shape))
+    noise = jax.random.normal(noise_key, (len(observation), DRAWS, setup.action_size))
+    time = jax.random.uniform(time_key, (len(observation), DRAWS, 1))
     return Sample(latent, noise, time, matching_loss(actor, observation, latent, noise, time))
 
-def rollout(agent: Agent, actor: Actor, statistics: Statistics, env: EnvState, key: Array) -> tuple[EnvState, Transition]:
-    """Act for T steps with samples of the policy, keeping draws for it. Episodes start from a queue of states, into which as
-    many new ones are shifted as a rollout's time-outs take out: a reset can cost as much as 200 steps (CheetahRun's does)."""
-    num_envs, key, reset_key = agent.args.num_envs, *jax.random.split(key)
-    count = min(num_envs, -(-num_envs * agent.args.num_steps // agent.time_limit))
-    new = jax.vmap(agent.env.reset)(jax.random.split(reset_key, count))
-    queue = jax.tree.map(lambda x, y: jnp.concatenate([x[count:], y]) if x.shape[:1] == (num_envs,) else x, env.reset_to, new)
-    def step(env: EnvState, key: Array) -> tuple[EnvState, Transition]:
-        sample = sample_policy(agent, actor, views(normalize(statistics, env.sim.obs))[0], key)
-        after, outcome = env_step(agent, env, jnp.clip(jnp.tanh(sample.latent), -ACTION_LIMIT, ACTION_LIMIT))
-        return after, Transition(env.sim.obs, *sample, *outcome)
-    return jax.lax.scan(step, env._replace(reset_to=queue), jax.random.split(key, agent.args.num_steps))
 
-def improve(agent: Agent, old: Learner, data: Transition, seen: tuple, next_seen: tuple, keys: Array) -> tuple[Learner, dict]:
-    """Learn from a rollout, whose observations and true next ones are given as both networks see them, normalised."""
-    args, (learn_key, *_) = agent.args, keys
-    value, next_value = (jax.lax.map(old.critic, x[1]) for x in (seen, next_seen))
+def rollout(
+    setup: Setup, actor: Actor, statistics: Statistics, env_state: EnvState, key: Array
+) -> tuple[EnvState, Transition]:
+    """Act for T steps with samples of the policy, keeping their latents and draws."""
+    step_key, reset_key = jax.random.split(key)
+    env_state = refill_starts(setup, env_state, reset_key)
+
+    def step(env_state: EnvState, key: Array) -> tuple[EnvState, Transition]:
+        observation = env_state.sim.obs
+        inputs = network_inputs(normalize(statistics, observation))
+        sample = sample_policy(setup, actor, inputs.actor, key)
+        action = jnp.clip(jnp.tanh(sample.latent), -ACTION_LIMIT, ACTION_LIMIT)
+        env_state, outcome = env_step(setup, env_state, action)
+        return env_state, Transition(observation, *sample, **outcome._asdict())
+
+    return jax.lax.scan(step, env_state, jax.random.split(step_key, setup.args.num_steps))
+
+
+def update(
+    setup: Setup, old: Learner, data: Transition, inputs: Inputs, next_inputs: Inputs, keys: list[Array]
+) -> tuple[Learner, Metrics]:
+    """Learn from a rollout, whose observations and true next ones are given normalised."""
+    args = setup.args
+    epochs_key, *_ = keys
+    value = jax.lax.map(old.critic, inputs.critic)
+    next_value = jax.lax.map(old.critic, next_inputs.critic)
     advantage = advantages(args, data.reward, data.terminated, data.truncated, value, next_value)
-    target, standard = advantage + value, (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    batch = (*seen, data.latent, data.noise, data.time, data.loss, standard, target)
-    batch = Batch(*(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in batch))
-    learner, metrics = learn(agent, old, batch, learn_key)
-    return learner, metrics | {"losses/flow_matching": data.loss.mean(), "critic/target": target.mean()}
+    target = advantage + value
+    batch = Batch(
+        actor_observation=inputs.actor,
+        critic_observation=inputs.critic,
+        latent=data.latent,
+        noise=data.noise,
+        time=data.time,
+        loss=data.loss,
+        advantage=(advantage - advantage.mean()) / (advantage.std() + 1e-8),
+        target=target,
+    )
+    batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)  # (E * T, ...)
+    learner, metrics = update_epochs(setup, old, batch, epochs_key)
+    metrics |= {"losses/flow_matching": data.loss.mean(), "critic/target": target.mean()}
+    return learner, metrics
 
-def iterate(agent: Agent, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+
+def iterate(setup: Setup, state: TrainState) -> tuple[TrainState, Metrics]:
     """One iteration: rollout, targets, epochs of updates, observation statistics."""
-    rollout_key, *keys, key = jax.random.split(state.key, 5)
-    env, data = rollout(agent, state.learner.actor, state.statistics, state.env, rollout_key)
-    # The untrained actor ignores what it observes, its last layer being 0, so the first rollout may seed the statistics that
-    # it is learned from with. Later ones take effect in the next rollout: stored losses belong to the present ones (E13).
+    rollout_key, target_key, epochs_key, check_key, key = jax.random.split(state.key, 5)
+    actor = state.learner.actor
+    env_state, data = rollout(setup, actor, state.statistics, state.env_state, rollout_key)
+
+    # The untrained actor ignores what it observes, its output layer being 0, so the first rollout may seed
+    # the statistics that it is learned from with. Later ones take effect in the next rollout: stored losses
+    # belong to the present ones (E13).
     merged = update_statistics(state.statistics, data.observation)
-    statistics = jax.tree.map(lambda new, now: jnp.where(state.iteration == 0, new, now), merged, state.statistics)
-    seen, next_seen = (views(normalize(statistics, x)) for x in (data.observation, data.next_observation))
-    learner, metrics = improve(agent, state.learner, data, seen, next_seen, keys)
-    ended, total, length = data.episode
-    metrics |= {"charts/simulator_nans": jnp.isnan(next_seen[0]).any(-1).sum(), "charts/episodes": ended.sum(),
-                "charts/episodic_return": total.mean(where=ended), "charts/episodic_length": length.mean(where=ended)}
-    return TrainState(learner, merged, env, key, state.iteration + 1), metrics
+    first = state.iteration == 0
+    statistics = jax.tree.map(lambda new, now: jnp.where(first, new, now), merged, state.statistics)
 
-def evaluation_action(agent: Agent, learner: Learner, seen: tuple[Array, Array], key: Array) -> Array:
-    """Actions (B, A) as --eval-mode says, at normalised observations as actor and critic see them."""
-    noise = jax.random.normal(key, (len(seen[0]), agent.env.action_size))
-    return jnp.tanh(integrate(learner.actor, seen[0], jnp.zeros_like(noise) if agent.args.eval_mode == "zero" else noise))
+    inputs = network_inputs(normalize(statistics, data.observation))
+    next_inputs = network_inputs(normalize(statistics, data.next_observation))
+    keys = [target_key, epochs_key, check_key]
+    learner, metrics = update(setup, state.learner, data, inputs, next_inputs, keys)
+    ended = data.episode_ended
+    metrics |= {
+        "charts/simulator_nans": jnp.isnan(next_inputs.actor).any(-1).sum(),
+        "charts/episodes": ended.sum(),
+        "charts/episodic_return": data.episode_return.mean(where=ended),
+        "charts/episodic_length": data.episode_length.mean(where=ended),
+    }
+    return TrainState(learner, merged, env_state, key, state.iteration + 1), metrics
 
-def evaluate(agent: Agent, state: TrainState) -> tuple[dict, tuple]:
-    """An episode in each evaluation environment: metrics and, for a video, the first one's poses and if it went on (T, ...)."""
-    reset_key, key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training never folds in so large a number
+
+# ------------------------------------------------------------------------------------------------ evaluation
+def evaluation_action(setup: Setup, learner: Learner, inputs: Inputs, key: Array) -> Array:
+    """Actions (B, A) as --eval-mode says, at normalised observations."""
+    noise = jax.random.normal(key, (len(inputs.actor), setup.action_size))
+    if setup.args.eval_mode == "zero":
+        noise = jnp.zeros_like(noise)
+    return jnp.tanh(integrate(learner.actor, inputs.actor, noise))
+
+
+def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, tuple]:
+    """An episode in each environment: metrics and, for a video, the first one's poses and `alive` (T, .)."""
+    num_envs = setup.args.num_eval_envs
+    reset_key, action_key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training folds in none
+
     def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
         sim, alive, total, length = carry
-        action = evaluation_action(agent, state.learner, views(normalize(state.statistics, sim.obs)), key)
-        sim = over_envs(agent, agent.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
-        pose = Pose(*(getattr(sim.data, name)[0] for name in Pose._fields)) if agent.args.capture_video else None
-        return (sim, alive & (sim.done == 0), total + jnp.where(alive, sim.reward, 0), length + alive), (pose, alive[0])
-    zeros = jnp.zeros(agent.args.num_eval_envs)
-    sim = over_envs(agent, agent.env.reset, jax.random.split(reset_key, zeros.size))
-    (_, _, total, length), frames = jax.lax.scan(step, (sim, zeros == 0, zeros, zeros), jax.random.split(key, agent.time_limit))
-    return {"eval/episodic_return": total.mean(), "eval/episodic_return_std": total.std(),
-            "eval/episodic_length": length.mean()}, frames
-# -------------------------------------------------------------------------------------- run folder and checkpoints
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree) if x.size}
+        inputs = network_inputs(normalize(state.statistics, sim.obs))
+        action = evaluation_action(setup, state.learner, inputs, key)
+        sim = over_envs(setup, setup.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
+        total = total + jnp.where(alive, sim.reward, 0)
+        frame = (first_pose(sim), alive[0]) if setup.args.capture_video else ()
+        return (sim, alive & (sim.done == 0), total, length + alive), frame
 
-def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
-    """Write the whole training state, in NumPy arrays, and the seconds that it took; keep the last three."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(run.resolve() / "checkpoints", options=options) as manager:  # it never reads unfinished ones
-        manager.save(step, args=ocp.args.PyTreeSave({"state": named_leaves(state), "wall_time": np.float64(wall_time)}))
+    sim = over_envs(setup, setup.env.reset, jax.random.split(reset_key, num_envs))
+    start = (sim, jnp.ones(num_envs, bool), jnp.zeros(num_envs), jnp.zeros(num_envs))
+    (_, _, total, length), frames = jax.lax.scan(step, start, jax.random.split(action_key, setup.time_limit))
+    metrics = {
+        "eval/episodic_return": total.mean(),
+        "eval/episodic_return_std": total.std(),
+        "eval/episodic_length": length.mean(),
+    }
+    return metrics, frames
 
-def read_checkpoint(run: str) -> dict[str, Any]:
-    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
-    try:
-        options = ocp.CheckpointManagerOptions(read_only=True)  # a run that still goes on is left alone
-        with ocp.CheckpointManager(pathlib.Path(run, "checkpoints").resolve(strict=True), options=options) as manager:
-            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
-    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
-        fail(f"no readable checkpoint in {run}, which should be a run's folder ({type(error).__name__}: {str(error)[:200]})")
 
-def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
-    """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run's state."""
-    expected, found = ({name: (x.shape, x.dtype) for name, x in d.items()} for d in (named_leaves(shapes), arrays))
-    if wrong := sorted(dict(found.items() ^ expected.items())):
-        fail(f"the checkpoint is not of this run: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
-    content = iter([arrays[name] for name in expected])
-    return jax.tree.map(lambda x: next(content) if x.size else np.zeros(x.shape, x.dtype), shapes)
+# --------------------------------------------------------------------------------- what a copy can do without
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
+# calls that go with them.
+POSITIVE = (
+    "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate max_grad_norm "
+    "hidden_dim actor_hidden_dim epsilon num_flow_steps num_devices total_timesteps eval_interval "
+    "num_eval_envs checkpoint_interval"
+).split()
+
+
+def check_args(args: Args, devices: list[jax.Device]) -> None:
+    """Exit with code 2 on flags with which no run can be made."""
+    check_numbers(args)
+    check_sizes(args, devices)
+
+
+def check_numbers(args: Args) -> None:
+    """Exit with code 2 on a number out of its range."""
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            fail(f"{flag(name)} must be positive, not {value}")
+    if args.seed < 0:
+        fail(f"--seed must not be negative, as {args.seed} is")
+    if not 0 <= args.gamma < 1:
+        fail(f"--gamma must lie in [0, 1), not be {args.gamma}")
+    if not 0 <= args.gae_lambda <= 1:
+        fail(f"--gae-lambda must lie in [0, 1], not be {args.gae_lambda}")
+
+
+def check_sizes(args: Args, devices: list[jax.Device]) -> None:
+    """Exit with code 2 on sizes that do not fill an iteration or do not go on the devices."""
+    if args.num_iterations == 0:
+        fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
+    if args.batch_size % args.minibatch_size:
+        sizes = f"--num-envs x --num-steps = {args.batch_size}"
+        fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
+    if args.num_devices > len(devices):
+        advice = f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more on a CPU"
+        fail(f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here; {advice}")
+    num_devices = args.num_devices * jax.process_count()
+    if args.impl == "warp" and num_devices > 1:
+        fail("--impl warp trains on one device only; use --impl jax")
+    for name in ("num_envs", "minibatch_size", "num_eval_envs"):
+        value = getattr(args, name)
+        if value % num_devices:
+            fail(f"{flag(name)} {value} does not divide over {num_devices} devices")
+
+
+class Pose(NamedTuple):
+    """What a renderer needs of a simulation."""
+
+    qpos: Array
+    qvel: Array
+    mocap_pos: Array
+    mocap_quat: Array
+    xfrc_applied: Array
+
+
+def first_pose(sim: Any) -> Pose:
+    """The pose of the first of several simulations."""
+    return Pose(*(getattr(sim.data, name)[0] for name in Pose._fields))
+
 
 def check_renderer() -> None:
     """Exit with code 2 where MuJoCo cannot draw; it draws through EGL unless MUJOCO_GL says otherwise."""
     try:
         mujoco = import_module("mujoco")
-        mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>")).close()
+        model = mujoco.MjModel.from_xml_string("<mujoco/>")
+        mujoco.Renderer(model).close()
     except Exception as error:  # each GL library has its own, some while mujoco is imported
-        fail(f"--capture-video cannot draw ({error}); set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)")
+        advice = "set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)"
+        fail(f"--capture-video cannot draw ({error}); {advice}")
 
-def provenance() -> dict[str, Any]:
-    """What else decides a run's numbers: command, commit, device and versions."""
-    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # empty outside a clone
-    device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}, {os.cpu_count()} cores"
-    return {"script": SCRIPT, "command": sys.argv, "git_commit": commit, "device": device, "python": sys.version,
-            "versions": {d.name: d.version for d in metadata.distributions()}}
 
-def open_run(folder: pathlib.Path, args: Args) -> None:
-    """Make the run's folder with args.json in it; start Weights & Biases, which copies what TensorBoard gets."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps({"args": vars(args), **provenance()}, indent=1) + "\n")
-    if args.track:
-        import_module("wandb").init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-                                    name=folder.name, dir=str(folder), sync_tensorboard=True)
+def write_video(setup: Setup, frames: tuple, path: pathlib.Path) -> None:
+    """Draw the first seed's evaluation episode to an mp4 of at most 30 frames a second."""
 
-def open_log(folder: pathlib.Path, step: int) -> Callable:
-    """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
-    path, writer = folder / "metrics.jsonl", tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
-    path.touch()  # a killed run may have logged beyond its checkpoint, the last line by half: those steps come again
-    lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
-    os.truncate(path, sum(map(len, lines)))
-    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "wall_time": round(wall_time, 3), **metrics}) + "\n")
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-    return log
-# -------------------------------------------------------------------------------------------------------- training
-def parse() -> Args:
-    """Resolved arguments of the command line; with --resume or --evaluate, they start from those of that run."""
-    args = tyro.cli(Args)
-    run = args.resume or args.evaluate
-    if not run:
-        return resolve(args)
+    class Frame(NamedTuple):
+        data: Pose
+
+    poses, alive = frames
+    mediapy = import_module("mediapy")
+    mediapy.set_ffmpeg(import_module("imageio_ffmpeg").get_ffmpeg_exe())
+    stride = math.ceil(1 / (30 * setup.env.dt))
+    times = range(0, int(alive[0].sum()), stride)
+    drawn = [Frame(Pose(*(x[0, t] for x in poses))) for t in times]
+    path.parent.mkdir(exist_ok=True)
+    mediapy.write_video(path, setup.env.render(drawn), fps=1 / (stride * setup.env.dt))
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {leaf_name(path): leaf for path, leaf in leaves if leaf.size}
+
+
+def leaf_name(path: Any) -> str:
+    """Dotted name of a leaf, like learner.actor.input.kernel.value."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, progress: dict[str, Any]) -> None:
+    """Write the training state and what else a continued run needs, as NumPy arrays; keep the last three."""
+    content = {"state": named_leaves(state), **progress}
+    options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
+    folder = run.resolve() / "checkpoints"
+    with ocp.CheckpointManager(folder, options=options) as manager:  # it never reads unfinished ones
+        manager.save(step, args=ocp.args.PyTreeSave(content))
+
+
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
+    try:
+        folder = pathlib.Path(run, "checkpoints").resolve(strict=True)
+        options = ocp.CheckpointManagerOptions(read_only=True)  # a run that still goes on is left alone
+        with ocp.CheckpointManager(folder, options=options) as manager:
+            return manager.restore(manager.latest_step(), args=ocp.args.PyTreeRestore())
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({reason})")
+
+
+def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
+    """A training state of a checkpoint's arrays; exits with code 2 if they are not those of this run."""
+    expected = {name: (x.shape, x.dtype) for name, x in named_leaves(shapes).items()}
+    found = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            what = f"{name} is {found.get(name)}, expected {expected.get(name)}"
+            fail(f"the checkpoint is not of this run: {what}")
+
+    def fill(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        return arrays[leaf_name(path)] if shape.size else np.zeros(shape.shape, shape.dtype)
+
+    return jax.tree.map_with_path(fill, shapes)
+
+
+MAY_CHANGE = (
+    "device num_devices compilation_cache_dir total_timesteps eval_mode eval_interval num_eval_envs "
+    "checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate batch_size "
+    "num_iterations"
+).split()
+
+
+def read_args(run: str) -> Args:
+    """The arguments that a run was started with; exits with code 2 if it is not a run of this script."""
     try:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
             raise ValueError(f"it is of {saved['script']}.py")
-        own = Args(**saved["args"] | {"resume": None, "evaluate": None})
+        values = dict(saved["args"], resume=None, evaluate=None)
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        return Args(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
-    args = tyro.cli(Args, default=own)
-    for name, value in itertools.takewhile(lambda item: item[0] != "device", vars(own).items()):
-        if getattr(args, name) != value:
-            fail(f"--{name.replace('_', '-')} cannot change in a run that exists; it is {value}")
-    return resolve(args)
 
-def prepare(agent: Agent, saved: dict[str, Any]) -> tuple[TrainState, Any, Any]:
-    """The training state of all seeds, new or a checkpoint's, laid out on the devices; `iterate` and `evaluate` compiled."""
-    whole, split = NamedSharding(agent.mesh, P()), NamedSharding(agent.mesh, P(None, "env"))
-    init, run, judge = (jax.vmap(functools.partial(f, agent)) for f in (init_state, iterate, evaluate))
-    keys = np.stack([jax.random.PRNGKey(agent.args.seed + k) for k in range(agent.args.num_seeds)])
+
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
+    args = tyro.cli(Args)
+    run = args.resume or args.evaluate
+    if not run:
+        return resolve(args)
+    own = read_args(run)
+    args = resolve(tyro.cli(Args, default=own))
+    for name, value in vars(own).items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
+    return args
+
+
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    folder = str(pathlib.Path(__file__).resolve().parent)
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    device = jax.local_devices()[0].device_kind
+    return {
+        "script": SCRIPT,
+        "command": sys.argv,
+        "git_commit": commit,  # empty outside a clone
+        "device": f"{jax.local_device_count()} x {device}, {os.cpu_count()} cores",
+        "python": sys.version,
+        "versions": {package.name: package.version for package in metadata.distributions()},
+    }
+
+
+def join_hosts() -> None:
+    """Connect the processes of several hosts, if JAX_COORDINATOR_ADDRESS says that there are some."""
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    jax.distributed.initialize(  # outside of a cluster JAX itself reads the address only
+        num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+        process_id=int(os.environ["JAX_PROCESS_ID"]),
+    )
+    # MJX would put its constants on the first host's device, where the others cannot read them.
+    import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the hosts have."""
+    return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+# ---------------------------------------------------------------------------------------- run folder and logs
+def open_run(folder: pathlib.Path, args: Args) -> None:
+    """Make the run's folder and args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"args": vars(args), **provenance()}
+    (folder / "args.json").write_text(json.dumps(about, indent=1) + "\n")
+    if args.track:
+        import_module("wandb").init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            config=vars(args),
+            name=folder.name,
+            dir=str(folder),
+            sync_tensorboard=True,
+        )
+
+
+def open_log(folder: pathlib.Path, step: int) -> Callable:
+    """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    path.touch()
+    # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+    kept = b""
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            kept += line
+    os.truncate(path, len(kept))
+    writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def run_folder(args: Args) -> pathlib.Path:
+    """The folder of a new run or of the one that is continued; the same on all hosts."""
+    if args.resume:
+        return pathlib.Path(args.resume)
+    now = largest(int(time.time()))
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
+
+
+def seed_folders(args: Args, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Where each seed's metrics go."""
+    if args.num_seeds == 1:
+        return [folder]
+    return [folder / f"seed_{args.seed + k}" for k in range(args.num_seeds)]
+
+
+def open_logs(args: Args, folder: pathlib.Path, done: int) -> Callable:
+    """Open the run and every seed's log, to go on after so many iterations; the first host writes them."""
+    if jax.process_index() > 0:
+        return lambda *_: None
+    open_run(folder, args)
+    logs = [open_log(path, done * args.batch_size) for path in seed_folders(args, folder)]
+
+    def log(step: int, wall_time: float, metrics: dict[str, np.ndarray], healthy: np.ndarray) -> None:
+        for k in np.flatnonzero(healthy):
+            logs[k](step, wall_time, metrics_of_seed(metrics, k))
+
+    return log
+
+
+# -------------------------------------------------------------------------------------------------- training
+class Programs(NamedTuple):
+    """Compiled functions of the training state of all seeds."""
+
+    iterate: Callable | None
+    evaluate: Callable
+
+
+def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
+    """The training state of all seeds (K, ...), new or a checkpoint's, and how it lies on the devices."""
+    args = setup.args
+    everywhere = NamedSharding(setup.mesh, P())
+    sharded = NamedSharding(setup.mesh, P(None, "env"))
+    keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
+    init = jax.vmap(functools.partial(init_state, setup))
     shapes = jax.eval_shape(init, keys)
-    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, shapes.env)
-    shardings = jax.tree.map(lambda _: whole, shapes)._replace(env=env)
-    init = jax.jit(init, out_shardings=shardings, compiler_options={"xla_backend_optimization_level": 0})  # it runs only once
-    state = jax.device_put(fill_state(shapes, saved["state"]), shardings) if saved else init(keys)
-    judge = jax.jit(judge, out_shardings=whole).lower(state).compile()
-    run = jax.jit(run, out_shardings=(shardings, whole), donate_argnums=0)
-    return state, None if agent.args.evaluate else run.lower(state).compile(), judge
 
-def run_evaluation(agent: Agent, judge: Any, state: TrainState, folder: str | pathlib.Path) -> dict:
-    """Evaluate every seed; with --capture-video, draw the first one's episode to an mp4 of at most 30 frames a second."""
-    metrics, (poses, alive) = jax.device_get(judge(state))
-    if agent.args.capture_video and jax.process_index() == 0:
-        mediapy, ffmpeg = import_module("mediapy"), import_module("imageio_ffmpeg")
-        mediapy.set_ffmpeg(ffmpeg.get_ffmpeg_exe())
-        stride, frame = int(np.ceil(1 / (30 * agent.env.dt))), namedtuple("Frame", "data")
-        states = [frame(Pose(*(x[0, t] for x in poses))) for t in range(0, int(alive[0].sum()), stride)]
-        path = pathlib.Path(folder, "videos", f"step_{int(jax.device_get(state.iteration)[0]) * agent.args.batch_size}.mp4")
-        path.parent.mkdir(exist_ok=True)
-        mediapy.write_video(path, agent.env.render(states), fps=1 / (stride * agent.env.dt))
+    def place(shape: jax.ShapeDtypeStruct) -> NamedSharding:
+        return sharded if shape.shape[1:2] == (args.num_envs,) else everywhere
+
+    shardings = jax.tree.map(lambda _: everywhere, shapes)
+    shardings = shardings._replace(env_state=jax.tree.map(place, shapes.env_state))
+    if saved:
+        return jax.device_put(fill_state(shapes, saved["state"]), shardings), shardings
+    options = {"xla_backend_optimization_level": 0}  # it runs only once: compiling it well would take longer
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(keys), shardings
+
+
+def compile_programs(setup: Setup, state: TrainState, shardings: Any) -> Programs:
+    """Compile what is done with the training state of all seeds."""
+    everywhere = NamedSharding(setup.mesh, P())
+    play = jax.jit(jax.vmap(functools.partial(evaluate, setup)), out_shardings=everywhere)
+    play = play.lower(state).compile()
+    if setup.args.evaluate:
+        return Programs(None, play)
+    learn = jax.vmap(functools.partial(iterate, setup))
+    learn = jax.jit(learn, out_shardings=(shardings, everywhere), donate_argnums=0)
+    return Programs(learn.lower(state).compile(), play)
+
+
+def run_evaluation(
+    setup: Setup, programs: Programs, state: TrainState, folder: pathlib.Path
+) -> dict[str, np.ndarray]:
+    """Evaluate every seed: metrics (K,), and with --capture-video a video in the run's folder."""
+    metrics, frames = jax.device_get(programs.evaluate(state))
+    if setup.args.capture_video and jax.process_index() == 0:
+        step = int(jax.device_get(state.iteration)[0]) * setup.args.batch_size
+        write_video(setup, frames, folder / "videos" / f"step_{step}.mp4")
     return metrics
 
-def train(agent: Agent, iterate: Any, judge: Any, state: TrainState, wall_time: float) -> int:
+
+def metrics_of_seed(metrics: dict[str, np.ndarray], k: int) -> dict[str, float]:
+    """One seed's metrics; a rollout in which no episode ended has no mean return or length."""
+    row = {name: float(x[k]) for name, x in metrics.items()}
+    if row["charts/episodes"] == 0:
+        del row["charts/episodic_return"], row["charts/episodic_length"]
+    return row
+
+
+def catch_signals() -> list[int]:
+    """The signals received, filled later: the first ends the run after its iteration, a second one kills."""
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
+    return received
+
+
+def print_progress(args: Args, metrics: dict[str, np.ndarray], done: int, wall_time: float) -> None:
+    """One line on stdout for an iteration."""
+    eta = wall_time / 60 / done * (args.num_iterations - done)
+    returns = metrics.get("eval/episodic_return", ())
+    line = f"step {done * args.batch_size:,}  SPS {metrics['charts/SPS'][0]:,.0f}  ETA {eta:.1f} min"
+    print(line, *returns, sep="  ", flush=True)
+
+
+def end_diverged(
+    args: Args, state: TrainState, metrics: dict[str, np.ndarray], healthy: np.ndarray, folder: pathlib.Path
+) -> np.ndarray:
+    """Which seeds go on, (K,); one with a metric that is not finite is named, and its state kept as it is."""
+    step = int(jax.device_get(state.iteration)[0]) * args.batch_size
+    still = healthy.copy()
+    for k in np.flatnonzero(healthy):
+        row = metrics_of_seed(metrics, k)
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if not bad:
+            continue
+        still[k] = False
+        where = f"iteration {step // args.batch_size} of seed {args.seed + k}"
+        kept = seed_folders(args, folder)[k] / "diverged"
+        print(f"{where}: {', '.join(bad)} not finite; the state is in {kept}", file=sys.stderr)
+        whole = multihost_utils.process_allgather(state, tiled=True)
+        own = jax.tree.map(lambda x, k=k: x[k : k + 1], whole)
+        save_checkpoint(kept, own, step, {})
+    return still
+
+
+def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, Any]) -> int:
     """The training loop; returns the process's exit code."""
-    args, received = agent.args, []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, checkpoint, stop; a second signal kills
-        signal.signal(number, lambda n, _: (received.append(n), signal.signal(n, signal.SIG_DFL)))
-    done, now = int(jax.device_get(state.iteration)[0]), int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
-    folder = pathlib.Path(args.resume or f"{args.log_dir}/{args.env_id}__{args.exp_name}__{args.seed}__{now}")
-    folders = [folder / f"seed_{args.seed + k}" for k in range(args.num_seeds)] if args.num_seeds > 1 else [folder]
-    if first := jax.process_index() == 0:
-        open_run(folder, args)
-    logs = [open_log(path, done * args.batch_size) for path in folders if first]
-    started, code = time.perf_counter() - wall_time, 0
-    while done < args.num_iterations and not code:
+    args = setup.args
+    done = int(jax.device_get(state.iteration)[0])
+    healthy = np.array(saved.get("healthy", np.ones(args.num_seeds, bool)))
+    folder = run_folder(args)
+    log = open_logs(args, folder, done)
+    received = catch_signals()
+    stop = 0
+    started = time.perf_counter() - float(saved.get("wall_time", 0.0))
+    while done < args.num_iterations and healthy.any() and not stop:
         began = time.perf_counter()
-        state, metrics = iterate(state)
+        state, metrics = programs.iterate(state)
         metrics = jax.device_get(metrics)
         metrics["charts/SPS"] = np.full(args.num_seeds, args.batch_size / (time.perf_counter() - began))
-        done, step = done + 1, (done + 1) * args.batch_size
-        finite = all(np.isfinite(x).all() for name, x in metrics.items() if name.startswith(("losses", "trust")))
-        if finite and (done == args.num_iterations or done % args.eval_interval == 0):
-            metrics |= run_evaluation(agent, judge, state, folder)
-        for k, log in enumerate(logs):  # a rollout in which no episode ended has no mean return or length
-            log(step, time.perf_counter() - started, {name: float(x[k]) for name, x in metrics.items()
-                if metrics["charts/episodes"][k] > 0 or not name.startswith("charts/episodic")})
-        eta = (time.perf_counter() - started) / 60 / done * (args.num_iterations - done)
-        print(f"step {step:,}  SPS {metrics['charts/SPS'][0]:,.0f}  ETA {eta:.1f} min",
-              *metrics.get("eval/episodic_return", ()), sep="  ", flush=True)
-        code = int(multihost_utils.process_allgather(np.int32(128 + received[0] if received else 0)).max()) if finite else 1
-        if not finite:
-            print(f"iteration {done}: a loss is not finite; the state is in {folder}/diverged", file=sys.stderr)
-        if code or done == args.num_iterations or done % args.checkpoint_interval == 0:
+        done += 1
+        step = done * args.batch_size
+        last = done == args.num_iterations
+        if last or done % args.eval_interval == 0:
+            metrics |= run_evaluation(setup, programs, state, folder)
+        wall_time = time.perf_counter() - started
+        log(step, wall_time, metrics, healthy)
+        print_progress(args, metrics, done, wall_time)
+
+        healthy = end_diverged(args, state, metrics, healthy, folder)
+        stop = largest(received[0] if received else 0)
+        if healthy.any() and (last or stop or done % args.checkpoint_interval == 0):
             whole = multihost_utils.process_allgather(state, tiled=True)
-            save_checkpoint(folder if finite else folder / "diverged", whole, step, time.perf_counter() - started)
+            wall_time = time.perf_counter() - started
+            save_checkpoint(folder, whole, step, {"wall_time": np.float64(wall_time), "healthy": healthy})
     print(folder)
-    return code
+    if not healthy.all():
+        return 1
+    return 128 + stop if stop else 0
+
 
 def main() -> None:
     """Parse, compile, then train, resume or evaluate."""
     os.environ.setdefault("MUJOCO_GL", "egl")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax says much that is not for the user; its errors are raised
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:  # the only one of its variables that JAX itself reads outside of a cluster
-        jax.distributed.initialize(**{x: int(os.environ[f"JAX_{x.upper()}"]) for x in ("num_processes", "process_id")})
-        # MJX would put its constants on the first host's device, where the others cannot read them.
-        import_module("mujoco.mjx._src.io")._resolve_device = lambda impl: jax.local_devices()[0]
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's messages; its errors are raised
+    join_hosts()
     args = parse()
-    saved = read_checkpoint(args.resume or args.evaluate) if args.resume or args.evaluate else {}
-    if args.compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
+    run = args.resume or args.evaluate
+    saved = read_checkpoint(run) if run else {}
     if args.capture_video:
         check_renderer()
-    print("\n".join(f"{name}: {value}" for name, value in vars(args).items()), flush=True)
-    agent, began = make_agent(args), time.perf_counter()
-    state, iterate, judge = prepare(agent, saved)
+    if args.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
+    for name, value in vars(args).items():
+        print(f"{name}: {value}", flush=True)
+    setup = make_setup(args)
+    began = time.perf_counter()
+    state, shardings = prepare(setup, saved)
+    programs = compile_programs(setup, state, shardings)
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    if not args.evaluate:
-        sys.exit(train(agent, iterate, judge, state, float(saved.get("wall_time", 0.0))))
-    print(json.dumps({name: x.tolist() for name, x in run_evaluation(agent, judge, state, args.evaluate).items()}))
+    if args.evaluate:
+        metrics = run_evaluation(setup, programs, state, pathlib.Path(args.evaluate))
+        print(json.dumps({name: x.tolist() for name, x in metrics.items()}))
+        return
+    sys.exit(train(setup, programs, state, saved))
+
 
 if __name__ == "__main__":
     main()
