@@ -1,11 +1,12 @@
-"""Does every task run? Two tiny iterations, an evaluation and a checkpoint of each of the tasks that a script knows.
+"""Does every task run? Two tiny iterations, an evaluation and a checkpoint of each task that a script knows.
 
     python benchmark/all_tasks.py [--script trudi_mjx] [--tasks CheetahRun HopperHop] [--flags="--impl warp"]
-    python benchmark/all_tasks.py --script trudi_isaaclab --python ISAACLAB/bin/python      # which has another interpreter
+    python benchmark/all_tasks.py --script trudi_isaaclab --python ISAACLAB/bin/python  # another interpreter
 
-Each task is a process `python SCRIPT.py --env-id TASK` with networks and batches too small to learn, so its return says only
-that an evaluation took place. A failure is reported and the next task follows. Sizes are read from the run's checkpoint.
-Results go to benchmark/results/all_tasks_{script}.json and .md; the exit code is 1 if any task failed.
+Each task is a process `python SCRIPT.py --env-id TASK` with networks and batches too small to learn, so its
+return says only that an evaluation took place. A failure is reported and the next task follows. Sizes are
+read from the run's checkpoint. Results go to benchmark/results/all_tasks_{script}.json and .md; the exit code
+is 1 if any task failed.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ from common import RESULTS, ROOT, cpu_name, markdown_table, trudi, write_json
 
 SMALL = ("--num-envs 8 --num-steps 4 --minibatch-size 16 --num-epochs 1 --hidden-dim 16 --eval-interval 1000 "
          "--checkpoint-interval 1000")
-FLAGS = dict.fromkeys(("trudi_mjx", "trudi_humanoidbench"), f"{SMALL} --num-eval-envs 2 --compilation-cache-dir=") | {
-    "trudi_isaaclab": f"{SMALL} --preset cpu"}
+JAX_FLAGS = f"{SMALL} --num-eval-envs 2 --compilation-cache-dir="
+FLAGS = {"trudi_mjx": JAX_FLAGS, "trudi_humanoidbench": JAX_FLAGS, "trudi_isaaclab": f"{SMALL} --preset cpu"}
 TASKS = {"trudi_mjx": [*trudi.DMC, *trudi.HUMANOID]}
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +49,18 @@ def sizes(run: pathlib.Path) -> dict[str, int]:
     """Numbers of observations (actor's and critic's) and actions, from a run's checkpoint."""
     for path in (run / "checkpoints").glob("*.pt"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        inputs, action = saved["critic"]["0.weight"].shape[1], len(saved["actor"]["raw_friction"])
-        seen = saved["actor"]["input.weight"].shape[1] - action - saved["actor"]["time_mlp.0.weight"].shape[1]
-        return {"observation": seen, "privileged": inputs - action, "action": action}
+        actor, critic = saved["actor"], saved["critic"]
+        action = len(actor["raw_friction"])
+        seen = actor["input.weight"].shape[1] - action - actor["time_mlp.0.weight"].shape[1]
+        privileged = critic["blocks.0.0.weight"].shape[1] - action
+        return {"observation": seen, "privileged": privileged, "action": action}
     arrays = trudi.read_checkpoint(str(run))["state"]
-    moments = {name.rpartition(".")[2]: x.shape[-1] for name, x in arrays.items() if name.startswith("statistics.moments")}
-    actor = moments.get("state", next(iter(moments.values())))
-    friction = next(x for name, x in arrays.items() if name.startswith("learner.actor.raw_friction"))  # one per dimension
-    return {"observation": actor, "privileged": moments.get("privileged_state", actor), "action": friction.shape[-1]}
+    moments = {name.rpartition(".")[2]: x for name, x in arrays.items() if name.startswith("statistics.moments")}
+    actor = moments.get("state", next(iter(moments.values()))).shape[-1]
+    privileged = moments["privileged_state"].shape[-1] if "privileged_state" in moments else actor
+    # One number for each action dimension.
+    friction = next(x for name, x in arrays.items() if name.startswith("learner.actor.raw_friction"))
+    return {"observation": actor, "privileged": privileged, "action": friction.shape[-1]}
 
 def outcome(log_dir: pathlib.Path, output: str, iterations: int) -> dict[str, Any]:
     """What a finished process left behind."""
@@ -73,18 +78,20 @@ def try_task(options: Options, task: str) -> dict[str, Any]:
     """Run one task in a process of its own."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"{FLAGS[options.script]} --total-timesteps {options.iterations * 8 * 4} --log-dir {folder} {options.flags}"
-        command = [options.python, str(ROOT / f"{options.script}.py"), "--env-id", task, *shlex.split(flags)]
+        flags = f"--total-timesteps {options.iterations * 8 * 4} --log-dir {folder} {options.flags}"
+        command = [options.python, str(ROOT / f"{options.script}.py"), "--env-id", task,
+                   *shlex.split(FLAGS[options.script]), *shlex.split(flags)]
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-                                  timeout=options.timeout, cwd=folder)
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  check=False, timeout=options.timeout, cwd=folder)
             code, output = done.returncode, done.stdout
         except subprocess.TimeoutExpired as error:
             code, output = "timeout", (error.output or b"").decode(errors="replace")
         result = {"task": task, "exit_code": code, "seconds": time.perf_counter() - began}
         result |= outcome(pathlib.Path(folder), output, options.iterations)
     if code != 0:
-        result["error"] = re.sub(r"(?<!\S)/\S*/", "", (output.strip().splitlines() or [""])[-1])[:500]  # without folders
+        last = (output.strip().splitlines() or [""])[-1]
+        result["error"] = re.sub(r"(?<!\S)/\S*/", "", last)[:500]  # without folders
     return result
 
 def as_markdown(results: list[dict[str, Any]]) -> str:
@@ -97,8 +104,8 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         numbers = ["" if result[name] is None else f"{result[name]:.1f}" for name in names]
         good = "yes" if result["iterations_ok"] else "no"
         rows.append((result["task"], both, result.get("action", ""), *numbers, good, result["exit_code"]))
-    header = ("task", "observation (actor / critic)", "action", "compile (s)", "steps/s", "eval return", "iterations ok",
-              "exit code")
+    header = ("task", "observation (actor / critic)", "action", "compile (s)", "steps/s", "eval return",
+              "iterations ok", "exit code")
     return markdown_table(header, rows)
 
 def main() -> None:
@@ -109,7 +116,8 @@ def main() -> None:
     for task in options.tasks or TASKS.get(options.script) or importlib.import_module(options.script).TASKS:
         results.append(try_task(options, task))
         print(json.dumps(results[-1]), flush=True)
-        write_json(path.with_suffix(".json"), {"flags": f"{FLAGS[options.script]} {options.flags}".strip(), "tasks": results})
+        flags = f"{FLAGS[options.script]} {options.flags}".strip()
+        write_json(path.with_suffix(".json"), {"flags": flags, "tasks": results})
         text = as_markdown(results) + f"\n{options.iterations} iterations of each, on {cpu_name()}.\n"
         path.with_suffix(".md").write_text(text)
     print(text)

@@ -2,11 +2,11 @@
 
     python -m benchmark.analyze runs --out results [--metric eval/success_once] [--seeds 10]
 
-Groups are the runs' --exp-name, as benchmark.run gives one to each sweep and to each value of an ablation; --group-by takes
-another argument, or "folder". Interquartile means (IQM) are over finished runs and have 95% stratified bootstrap intervals;
-groups are compared on the tasks of which all have finished runs. What is missing or not finished is listed. With --until-steps,
-tasks and suites are compared after so many environment steps, while wall clock has the whole runs, of which the faster may be
-the longer."""
+Groups are the runs' --exp-name, as benchmark.run gives one to each sweep and to each value of an ablation;
+--group-by takes another argument, or "folder". Interquartile means (IQM) are over finished runs and have 95%
+stratified bootstrap intervals; groups are compared on the tasks of which all have finished runs. What is
+missing or not finished is listed. With --until-steps, tasks and suites are compared after so many environment
+steps, while wall clock has the whole runs, of which the faster may be the longer."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,8 @@ from benchmark.tables import markdown_table
 from benchmark.tasks import ROOT, SUITES, task_of, tasks_of
 
 SHOWN = {"epsilon": "ε", "denoising": "denoising steps N", "wall-clock": "denoising steps N"}
-PAPER_HUMANOID = (("TruDi", 34.8, 1.95), ("REPPO", 29.6, 1.07))  # Table 2: IQM after 50M steps and hours of training
+# Table 2: IQM after 50M steps and hours of training
+PAPER_HUMANOID = (("TruDi", 34.8, 1.95), ("REPPO", 29.6, 1.07))
 PAPER_ENTROPY = pd.DataFrame(columns=["task", "method", "entropy", "spread"], data=[  # Table 1
     ("PushT", "TruDi", 0.32, 0.13), ("PushT", "DIME", 0.20, 0.20), ("PushT", "REPPO", 0.0, 0.0),
     ("StackCube", "TruDi", 0.87, 0.08), ("StackCube", "DIME", 0.68, 0.15), ("StackCube", "REPPO", 0.0, 0.0)])
@@ -52,9 +53,12 @@ class Options:
     out: str  # folder to write to
     metric: str = RETURN  # what is compared
     group_by: str = "exp_name"  # an argument's name, or "folder"
-    seeds: int = 1  # runs that each task ought to have, at least; a task that has fewer than another is short of runs anyway
-    until_steps: int | None = None  # compare tasks and suites after so many environment steps, even where runs went on
-    throughput: tuple[str, ...] = ()  # files of benchmark/throughput.py at the paper's sizes, for the cost of the experiments
+    # runs that each task ought to have, at least; a task that has fewer than another is short of runs anyway
+    seeds: int = 1
+    # compare tasks and suites after so many environment steps, even where runs went on
+    until_steps: int | None = None
+    # files of benchmark/throughput.py at the paper's sizes, for the cost of the experiments
+    throughput: tuple[str, ...] = ()
 
 class Page:
     """The results page: text, and figures that are written beside it."""
@@ -83,7 +87,7 @@ class Page:
         path.write_text("\n".join(self.parts))
         return path
 
-# --------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- numbers
 def title_of(suite: str) -> str:
     """A suite's title."""
     return SUITES[suite].title if suite in SUITES else "Other tasks"
@@ -100,26 +104,30 @@ def decimals_of(values: Iterable[float]) -> int:
     return 3 if np.nanmax(np.abs(list(values)), initial=0) <= 1 else 1
 
 def scale_of(outcomes: list[Outcome], suite: str) -> dict[str, float]:
-    """For a suite whose tasks' returns have different scales, each task's: the best group's mean of last evaluations."""
+    """Each task's scale in a suite whose returns differ in it: the best group's mean of last evaluations."""
     if suite not in SUITES or not SUITES[suite].normalized:
         return {}
     groups = {o.group for o in outcomes}
-    means = {task: [np.mean([o.final for o in select(found, group=group)]) for group in groups if select(found, group=group)]
+    means = {task: [np.mean([o.final for o in select(found, group=group)])
+                    for group in groups if select(found, group=group)]
              for task, found in by_task(select(outcomes, suite=suite)).items()}
     return {task: float(np.max(np.abs(values))) or 1.0 for task, values in means.items()}
 
 def panels_of(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
-    """What there is to compare in each suite: its groups with finished runs, and the tasks of which all of these have some."""
+    """What there is to compare in each suite: its groups with finished runs, and the tasks of which all of
+    these have some."""
     panels = {}
     for suite in SUITES:
         groups = dict.fromkeys(o.group for o in select(outcomes, suite=suite, state="finished"))
         found = {group: by_task(select(outcomes, suite=suite, group=group)) for group in groups}
-        tasks = [task for task in next(iter(found.values()), []) if all(task in own for own in found.values())]
+        first = next(iter(found.values()), [])
+        tasks = [task for task in first if all(task in own for own in found.values())]
         if tasks:
             left_out = sorted({task for own in found.values() for task in own} - set(tasks))
-            panels[suite] = dict(outcomes=select(outcomes, suite=suite), groups=list(found), tasks=tasks, left_out=left_out,
-                                 scale=scale_of(outcomes, suite),
-                                 title=f"{SUITES[suite].title}\n{len(tasks)} of {number_of_tasks(suite)} tasks")
+            panels[suite] = dict(outcomes=select(outcomes, suite=suite), groups=list(found), tasks=tasks,
+                                 left_out=left_out, scale=scale_of(outcomes, suite),
+                                 title=f"{SUITES[suite].title}\n"
+                                       f"{len(tasks)} of {number_of_tasks(suite)} tasks")
     return panels
 
 def number_of_tasks(suite: str) -> int:
@@ -131,46 +139,56 @@ def improvements(panels: dict[str, dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for suite, panel in panels.items():
         for x, y in itertools.combinations(panel["groups"], 2):
-            scores = [figures.final_scores(select(panel["outcomes"], group=g), panel["tasks"], {}) for g in (x, y)]
+            scores = [figures.final_scores(select(panel["outcomes"], group=g), panel["tasks"], {})
+                      for g in (x, y)]
             rows.append((suite, x, y, *improvement_interval(*scores)))
     return pd.DataFrame(rows, columns=["suite", "x", "y", "probability", "low", "high"])
 
 def at_matched_time(panel: dict[str, Any]) -> tuple[dict[str, float], dict[str, list]]:
-    """For each task of a suite's panel the hours of training that every run of it has had, and each group's scores of these
-    tasks at these times; NaN where the first evaluation was later."""
-    hours = {task: min(o.hours[-1] for o in own) for task, own in by_task(panel["outcomes"]).items() if task in panel["tasks"]}
+    """For each task of a suite's panel the hours of training that every run of it has had, and each group's
+    scores of these tasks at these times; NaN where the first evaluation was later."""
+    hours = {task: min(o.hours[-1] for o in own)
+             for task, own in by_task(panel["outcomes"]).items() if task in panel["tasks"]}
     found = {group: by_task(select(panel["outcomes"], group=group)) for group in panel["groups"]}
-    return hours, {group: [[value_at(o, hours[t]) / panel["scale"].get(t, 1) for o in own[t]] for t in panel["tasks"]]
+    return hours, {group: [[value_at(o, hours[t]) / panel["scale"].get(t, 1) for o in own[t]]
+                           for t in panel["tasks"]]
                    for group, own in found.items()}
 
 def banded(scores: list) -> np.ndarray:
     """The IQM and its interval (3,) of tasks' scores; NaN if any is."""
-    return np.full(3, np.nan) if np.isnan(np.concatenate(scores)).any() else interval(stack(scores), iqm)[:, 0]
+    if np.isnan(np.concatenate(scores)).any():
+        return np.full(3, np.nan)
+    return interval(stack(scores), iqm)[:, 0]
 
 def value_at(outcome: Outcome, hours: float) -> float:
     """The metric after so many hours; NaN if the first evaluation was later."""
     return np.nan if outcome.hours[0] > hours else curve(outcome, "hours", np.array([hours]))[0]
 
-# -------------------------------------------------------------------------------------------------------- sections
+# --------------------------------------------------------------------------------------------------- sections
 def write_runs(page: Page, outcomes: list[Outcome]) -> None:
-    """What there is and what is missing: runs.csv with a row for each run, and a summary by suite and group."""
-    names = ("suite", "group", "env_id", "seed", "state", "last_step", "last_hours", "final", "success", "device", "folder")
+    """What there is and what is missing: runs.csv, with a row a run, and a summary by suite and group."""
+    names = ("suite", "group", "env_id", "seed", "state", "last_step", "last_hours", "final", "success",
+             "device", "folder")
     pd.DataFrame([{name: getattr(o, name) for name in names} for o in outcomes], columns=names).to_csv(
         page.folder / "runs.csv", index=False, float_format="%.6g")
-    page.text("## Runs", "", "Every run, also each that is missing, is in [runs.csv](runs.csv). IQMs are of the finished.")
+    page.text("## Runs", "",
+              "Every run, also each that is missing, is in [runs.csv](runs.csv). IQMs are of the finished.")
     rows, notes = [], []
     for suite, group in dict.fromkeys((o.suite, o.group) for o in outcomes):
         own = select(outcomes, suite=suite, group=group)
-        counts = [len(select(own, state=state)) for state in ("finished", "unfinished", "diverged", "missing", "superseded")]
+        counts = [len(select(own, state=state))
+                  for state in ("finished", "unfinished", "diverged", "missing", "superseded")]
         rows.append((title_of(suite), group, len({o.env_id for o in own if o.state != "missing"}), *counts))
         notes += [f"- {group}, {title_of(suite)}, {state}: {listed(select(own, state=state))}"
                   for state in ("unfinished", "diverged", "missing") if select(own, state=state)]
-    page.table(("suite", "group", "tasks", "finished", "unfinished", "diverged", "missing", "superseded"), rows)
-    absent = [f"- {suite.title}: no run" for name, suite in SUITES.items() if not select(outcomes, suite=name)]
+    page.table(("suite", "group", "tasks", "finished", "unfinished", "diverged", "missing", "superseded"),
+               rows)
+    absent = [f"- {suite.title}: no run"
+              for name, suite in SUITES.items() if not select(outcomes, suite=name)]
     page.text(*notes, *absent)
 
 def listed(outcomes: list[Outcome]) -> str:
-    """Tasks and seeds, with the steps that there are; without seeds where all that are listed are the same."""
+    """Tasks and seeds, with the steps that there are; without seeds where all listed ones are the same."""
     parts, tasks = [], list(dict.fromkeys(o.env_id for o in outcomes))
     seeds = {env_id: tuple(o.seed for o in select(outcomes, env_id=env_id)) for env_id in tasks}
     if len(tasks) > 1 and len(set(seeds.values())) == 1 and not any(o.last_step for o in outcomes):
@@ -191,9 +209,11 @@ def task_row(own: list[Outcome], cited: dict[str, float]) -> tuple:
 
 def write_tasks(page: Page, outcomes: list[Outcome], colours: dict[str, str], metric: str) -> None:
     """Each task's last evaluations, and its curves (Figures 9 to 14)."""
-    cited = pd.read_csv(ROOT / "benchmark" / "anchors" / "reppo_returns.csv", index_col="env").reppo_large_final_50M
+    cited = pd.read_csv(ROOT / "benchmark" / "anchors" / "reppo_returns.csv",
+                        index_col="env").reppo_large_final_50M
     cited = cited.to_dict() if metric == RETURN else {}
-    page.text("## Tasks", "", f"IQM of the last {metric} over finished runs, which for fewer than four runs is the mean, "
+    page.text("## Tasks", "",
+              f"IQM of the last {metric} over finished runs, which for fewer than four runs is the mean, "
               "with its 95% interval, which for two or three runs is hardly more than their range.")
     suites, groups = [*SUITES, OTHER], list(dict.fromkeys(o.group for o in outcomes))
     found = [by_task(select(outcomes, suite=suite)) for suite in suites]
@@ -203,11 +223,14 @@ def write_tasks(page: Page, outcomes: list[Outcome], colours: dict[str, str], me
     for suite in suites:
         own = select(outcomes, suite=suite)
         if any(len(o.values) for o in own):
-            without = [] if suite == OTHER else sorted({o.env_id for o in own} - {o.env_id for o in own if len(o.values)})
-            note = f"no run of {len(without)} of the suite's {number_of_tasks(suite)} tasks" if without else ""
+            without = sorted({o.env_id for o in own} - {o.env_id for o in own if len(o.values)})
+            note = (f"no run of {len(without)} of the suite's {number_of_tasks(suite)} tasks"
+                    if without and suite != OTHER else "")
             number = f" (the paper's Figure {SUITES[suite].figure})" if suite in SUITES else ""
-            caption = f"{title_of(suite)}{number}: IQM and its 95% interval; thin: each seed, dotted: not finished"
-            page.figure(f"tasks_{suite}", caption, figures.tasks_figure(own, colours, cited, label_of(metric), note))
+            caption = (f"{title_of(suite)}{number}: IQM and its 95% interval; thin: each seed, dotted: "
+                       "not finished")
+            page.figure(f"tasks_{suite}", caption,
+                        figures.tasks_figure(own, colours, cited, label_of(metric), note))
 
 def label_of(metric: str) -> str:
     """A metric's name for an axis."""
@@ -215,45 +238,60 @@ def label_of(metric: str) -> str:
 
 def write_suites(page: Page, panels: dict[str, dict[str, Any]], colours: dict[str, str], metric: str) -> None:
     """Aggregates over suites: curves (Figure 2), profiles, probability of improvement."""
-    page.text("## Suites", "", "Over the tasks of which every group has finished runs; curves end where the shortest run does.")
+    page.text("## Suites", "",
+              "Over the tasks of which every group has finished runs; curves end where the shortest run "
+              "does.")
     rows = []
     for suite, panel in panels.items():
         for group in panel["groups"]:
-            scores = figures.final_scores(select(panel["outcomes"], group=group), panel["tasks"], panel["scale"])
-            rows.append((title_of(suite), group, f"{len(panel['tasks'])} of {number_of_tasks(suite)}", present(scores).sum(),
-                         shown(interval(scores, iqm)[:, 0], decimals_of(scores.flat)), ", ".join(panel["left_out"])))
-    page.table(("suite", "group", "tasks", "runs", "IQM of last evaluations", "left out, as another group has none"), rows)
-    cited = {"humanoid": [(name, value, None) for name, value, _ in PAPER_HUMANOID]} if metric == RETURN else {}
+            scores = figures.final_scores(select(panel["outcomes"], group=group), panel["tasks"],
+                                          panel["scale"])
+            rows.append((title_of(suite), group, f"{len(panel['tasks'])} of {number_of_tasks(suite)}",
+                         present(scores).sum(), shown(interval(scores, iqm)[:, 0], decimals_of(scores.flat)),
+                         ", ".join(panel["left_out"])))
+    page.table(("suite", "group", "tasks", "runs", "IQM of last evaluations",
+                "left out, as another group has none"), rows)
+    cited = {}
+    if metric == RETURN:
+        cited = {"humanoid": [(name, value, None) for name, value, _ in PAPER_HUMANOID]}
     page.figure("suites", "IQM over tasks and seeds with its 95% interval (the paper's Figure 2)",
                 figures.suites_figure(panels, colours, "steps", label_of(metric), cited))
     page.figure("profiles", "Performance profiles: share of runs whose last evaluation is above τ",
                 figures.profiles_figure(panels, colours, label_of(metric)))
     table = improvements(panels)
     if len(table):
-        page.figure("improvement", "Probability of improvement, with its 95% interval", figures.improvement_figure(table))
+        page.figure("improvement", "Probability of improvement, with its 95% interval",
+                    figures.improvement_figure(table))
     else:
         page.text("Probability of improvement: there are no two groups with finished runs of the same tasks.")
 
-def write_wall_clock(page: Page, panels: dict[str, dict[str, Any]], colours: dict[str, str], metric: str) -> None:
+def write_wall_clock(page: Page, panels: dict[str, dict[str, Any]], colours: dict[str, str],
+                     metric: str) -> None:
     """Returns over hours of training (Figure 5), and training times (Table 2)."""
-    page.text("## Wall clock", "", "Without compilation. Times of different devices cannot be compared. A task's matched time "
-              "is that of its shortest run.")
+    page.text("## Wall clock", "",
+              "Without compilation. Times of different devices cannot be compared. A task's matched time is "
+              "that of its shortest run.")
     rows, tasks = [], []
     for suite, panel in panels.items():
         hours, matched = at_matched_time(panel)
-        times = " to ".join(dict.fromkeys(f"{x * 60:.1f}" for x in (min(hours.values()), max(hours.values()))))
+        ends = (min(hours.values()), max(hours.values()))
+        times = " to ".join(dict.fromkeys(f"{x * 60:.1f}" for x in ends))
         for group in panel["groups"]:
-            own = [o for task in panel["tasks"] for o in by_task(select(panel["outcomes"], group=group))[task]]
+            own = [o for task in panel["tasks"]
+                   for o in by_task(select(panel["outcomes"], group=group))[task]]
             minutes = np.array([o.last_hours for o in own]) * 60
             final = interval(figures.final_scores(own, panel["tasks"], panel["scale"]), iqm)[:, 0]
-            rows.append((title_of(suite), group, f"{minutes.mean():.1f} ± {minutes.std():.1f}", shown(final, 2),
-                         f"{shown(banded(matched[group]), 2)} at {times}", ", ".join(sorted({o.device for o in own}))))
+            rows.append((title_of(suite), group, f"{minutes.mean():.1f} ± {minutes.std():.1f}",
+                         shown(final, 2), f"{shown(banded(matched[group]), 2)} at {times}",
+                         ", ".join(sorted({o.device for o in own}))))
         tasks += [(task, f"{hours[task] * 60:.2f}", group, shown(banded([matched[group][i]]), 2))
-                  for i, task in enumerate(panel["tasks"]) for group in panel["groups"] if len(panel["groups"]) > 1]
+                  for i, task in enumerate(panel["tasks"])
+                  for group in panel["groups"] if len(panel["groups"]) > 1]
     cited = PAPER_HUMANOID if metric == RETURN and "humanoid" in panels else ()
     rows += [(SUITES["humanoid"].title, f"{name} (cited)", f"{hours * 60:.0f}", value, "", "A100 or H100")
              for name, value, hours in cited]
-    page.table(("suite", "group", "minutes", "IQM of last evaluations", "IQM at matched minutes", "device"), rows)
+    page.table(("suite", "group", "minutes", "IQM of last evaluations", "IQM at matched minutes", "device"),
+               rows)
     if tasks:
         page.table(("task", "matched minutes", "group", "IQM"), tasks)
     page.figure("wall_clock", "IQM over training time (the paper's Figure 5, left, and Table 2)",
@@ -271,9 +309,9 @@ def write_ablations(page: Page, outcomes: list[Outcome], metric: str) -> None:
     if not families:
         page.text("No runs of an ablation of ε, of denoising steps or of matched wall clock.")
 
-def write_ablation(page: Page, base: str, kind: str, hours: str | None, suite: str, values: dict[float, list[Outcome]],
-                   ylabel: str) -> None:
-    """One ablation: a table and a figure (Figures 5 and 6) over the tasks of which all values have finished runs."""
+def write_ablation(page: Page, base: str, kind: str, hours: str | None, suite: str,
+                   values: dict[float, list[Outcome]], ylabel: str) -> None:
+    """One ablation: a table and a figure (Figures 5, 6) over tasks of which all values have finished runs."""
     found = {value: by_task(own) for value, own in sorted(values.items())}
     done = {value: tasks for value, tasks in found.items() if tasks}
     tasks = [task for task in next(iter(done.values()), []) if all(task in own for own in done.values())]
@@ -291,11 +329,13 @@ def write_ablation(page: Page, base: str, kind: str, hours: str | None, suite: s
     over = ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
     axis = "hours" if kind == "wall-clock" else "steps"
     return page.figure(f"ablation_{base}_{kind}_{suite}", f"{title}: {', '.join(tasks)}{note}",
-                       figures.ablation_figure(own, tasks, scale, f"{kind}: {over}", SHOWN[kind], ylabel, axis))
+                       figures.ablation_figure(own, tasks, scale, f"{kind}: {over}", SHOWN[kind], ylabel,
+                                               axis))
 
 def write_evaluations(page: Page, sources: Iterable[str], metric: str) -> None:
     """Ways to evaluate (Figure 6, right), each over the tasks and seeds of which all were evaluated."""
-    rows = pd.DataFrame(read_evaluations(sources, metric), columns="suite env_id group seed evaluation step value".split())
+    rows = pd.DataFrame(read_evaluations(sources, metric),
+                        columns="suite env_id group seed evaluation step value".split())
     if rows.value.notna().sum() == 0:
         return page.text("No evaluations of finished runs by benchmark.run --ablation evaluation.")
     lines = []
@@ -308,9 +348,11 @@ def write_evaluations(page: Page, sources: Iterable[str], metric: str) -> None:
             counts = len(tasks), len(complete), len(grid) - len(complete)
             lines.append((suite, group, evaluation, *counts, *interval(scores, iqm)[:, 0]))
     table = pd.DataFrame(lines, columns="suite group evaluation tasks runs incomplete iqm low high".split())
-    page.table(table.columns, [(*line[:6], f"{line[6]:.4g}", *(f"{x:.4g}" for x in line[7:])) for line in lines])
+    page.table(table.columns,
+               [(*line[:6], f"{line[6]:.4g}", *(f"{x:.4g}" for x in line[7:])) for line in lines])
     if len(table):
-        page.figure("ablation_evaluation", "Ways to evaluate the same checkpoints (the paper's Figure 6, right)",
+        page.figure("ablation_evaluation",
+                    "Ways to evaluate the same checkpoints (the paper's Figure 6, right)",
                     figures.evaluation_figure(table, label_of(metric)))
     return None
 
@@ -325,45 +367,55 @@ def write_entropies(page: Page, sources: Iterable[str]) -> None:
     page.text("## Behaviour entropy")
     if table.empty:
         return page.text("No run has a behavior_entropy.json of benchmark/multimodality/behavior_entropy.py.")
-    columns = ("task", "run", "episodes", "successes_at_end", "entropy", "entropy_of_successes", "return_mean")
-    page.table(columns, [["" if x is None or x != x else f"{x:.3g}" if isinstance(x, float) else x for x in row]
-                         for row in table[list(columns)].itertuples(index=False)])
+    columns = ("task", "run", "episodes", "successes_at_end", "entropy", "entropy_of_successes",
+               "return_mean")
+    page.table(columns,
+               [["" if x is None or x != x else f"{x:.3g}" if isinstance(x, float) else x for x in row]
+                for row in table[list(columns)].itertuples(index=False)])
     drawn = figures.entropy_figure(table, PAPER_ENTROPY)
     return page.figure("behavior_entropy", "Behaviour entropy (the paper's Table 1)", drawn)
 
 def write_cost(page: Page, outcomes: list[Outcome], throughput: tuple[str, ...]) -> None:
-    """What 10 runs of each of the 73 tasks would take, from runs and measurements at the paper's sizes only."""
-    found = [(o.suite, o.device, o.last_step / (o.last_hours * 3600)) for o in outcomes if o.paper_sizes and o.last_hours]
+    """What 10 runs of each of the 73 tasks would take, from what was measured at the paper's sizes only."""
+    found = [(o.suite, o.device, o.last_step / (o.last_hours * 3600))
+             for o in outcomes if o.paper_sizes and o.last_hours]
     found += [x for path in throughput for x in [measured_speed(pathlib.Path(path))] if x]
-    speeds = pd.DataFrame(found, columns=["suite", "device", "speed"]).groupby(["suite", "device"]).speed.median()
+    speeds = pd.DataFrame(found, columns=["suite", "device", "speed"])
+    speeds = speeds.groupby(["suite", "device"]).speed.median()
     rows = []
     for suite, data in SUITES.items():
         count = number_of_tasks(suite)
         own = speeds[suite] if suite in speeds.index.get_level_values(0) else {}
         rows += [(data.title, count, f"{data.settings.total_timesteps:,}", f"{speed:,.0f}", device,
-                  f"{10 * count * data.settings.total_timesteps / speed / 3600:,.0f}") for device, speed in own.items()]
-        rows += [] if len(own) else [(data.title, count, f"{data.settings.total_timesteps:,}", "not measured", "", "")]
+                  f"{10 * count * data.settings.total_timesteps / speed / 3600:,.0f}")
+                 for device, speed in own.items()]
+        if not len(own):
+            rows.append((data.title, count, f"{data.settings.total_timesteps:,}", "not measured", "", ""))
     page.text("## Cost of the paper's experiments", "",
               "Ten runs of each task, at the median speed of any with Table 5's sizes.")
     page.table(("suite", "tasks", "steps of a run", "steps/s", "device", "hours of the device"), rows)
     estimates = json.loads((ROOT / "benchmark" / "results" / "estimates.json").read_text())
     hours = {suite: 10 * sum(row["flop"] for row in estimates["tasks"] if row["suite"] == suite)
              / estimates["gpu_flop_per_second"] / 3600 for suite in SUITES}
-    page.text(f"The paper's Table 2 has {PAPER_HUMANOID[0][2]} hours of an A100 or H100 for a run on a humanoid (cited): "
-              f"{hours['humanoid']:,.0f} hours for forty. At the operations a second which that implies, counted by "
-              f"benchmark/estimate.py, all would take {sum(hours.values()):,.0f} hours of such a GPU: "
-              f"{', '.join(f'{title_of(suite)} {x:,.0f}' for suite, x in hours.items())}; more where simulators are slower.")
+    page.text(f"The paper's Table 2 has {PAPER_HUMANOID[0][2]} hours of an A100 or H100 for a run on a "
+              f"humanoid (cited): {hours['humanoid']:,.0f} hours for forty. At the operations a second which "
+              f"that implies, counted by benchmark/estimate.py, all would take {sum(hours.values()):,.0f} "
+              "hours of such a GPU: "
+              f"{', '.join(f'{title_of(suite)} {x:,.0f}' for suite, x in hours.items())}; more where "
+              "simulators are slower.")
 
 def measured_speed(path: pathlib.Path) -> tuple[str, str, float] | None:
-    """Suite, device and environment steps a second of a file of benchmark/throughput.py; None, and a word, at other sizes."""
+    """Suite, device and environment steps a second of a file of benchmark/throughput.py; None, and a word, at
+    other sizes."""
     saved = json.loads(path.read_text())
     args, task = saved["args"], task_of("trudi_mjx", saved["args"]["env_id"])
-    if not task or any(args[name] != getattr(task.settings, name) for name in ("num_envs", "num_steps", "hidden_dim")):
+    if not task or any(args[name] != getattr(task.settings, name)
+                       for name in ("num_envs", "num_steps", "hidden_dim")):
         print(f"left out: {path} is not of the paper's sizes", file=sys.stderr)
         return None
     return task.suite, saved["provenance"]["device"], saved["steps_per_second"]["whole iteration"]["median"]
 
-# ------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 def fail(message: str) -> None:
     """Refuse bad input: one line on stderr and exit code 2."""
     print(f"benchmark.analyze: error: {message}", file=sys.stderr)
@@ -385,8 +437,11 @@ def main() -> None:
         equal = [o for o in with_missing(cut, options.seeds) if not VARIANT.fullmatch(o.group)]
     colours = dict(zip(dict.fromkeys(o.group for o in own), itertools.cycle(figures.COLOURS), strict=False))
     page = Page(pathlib.Path(options.out))
-    after = f"; tasks and suites are compared after {options.until_steps:,} environment steps" if options.until_steps else ""
-    page.text("# Results", "", f"Written by `python -m benchmark.analyze`; the metric is `{options.metric}`{after}.")
+    after = ""
+    if options.until_steps:
+        after = f"; tasks and suites are compared after {options.until_steps:,} environment steps"
+    page.text("# Results", "",
+              f"Written by `python -m benchmark.analyze`; the metric is `{options.metric}`{after}.")
     write_runs(page, outcomes)
     write_tasks(page, equal, colours, options.metric)
     for write, found in ((write_suites, panels_of(equal)), (write_wall_clock, panels_of(own))):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: provenance, timing, tables, and `trudi_mjx.Args` as a base of their own command lines."""
+"""What the benchmarks share: provenance, timing, tables, and `trudi_mjx.Args` as a base of their own."""
 
 import dataclasses
 import json
@@ -19,7 +19,8 @@ import trudi_mjx as trudi  # noqa: E402
 from benchmark.tables import markdown_table  # noqa: E402, F401, which the others take from here
 
 # Prefixes of the names of those whose versions matter.
-PACKAGES = ("flax", "jax", "mani", "mujoco", "numpy", "nvidia-c", "optax", "orbax", "playground", "torch", "warp-lang")
+PACKAGES = ("flax", "jax", "mani", "mujoco", "numpy", "nvidia-c", "optax", "orbax", "playground", "torch",
+            "warp-lang")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes(trudi.Args):
@@ -43,15 +44,18 @@ def training_command(args: trudi.Args) -> list[str]:
     """The command that trains with these unresolved arguments, naming those that are not defaults."""
     command = [sys.executable, str(ROOT / "trudi_mjx.py")]
     for field in dataclasses.fields(trudi.Args):
-        value, name = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        value, name = getattr(args, field.name), trudi.flag(field.name)
         if value == field.default:
             continue
-        switch = [name if value else name.replace("--", "--no-", 1)]
-        command += switch if field.type is bool else [name, str(value)]  # bool | None takes a value
+        if field.type is bool:
+            command.append(name if value else name.replace("--", "--no-", 1))
+            continue
+        for one in value if isinstance(value, tuple) else (value,):  # a flag that is given several times
+            command += [name, str(one)]
     return command
 
 def without_folders(argument: str) -> str:
-    """An argument of a command as it is recorded: of an absolute path, or of --flag=path, only the path's last part."""
+    """An argument as it is recorded: of an absolute path, or of --flag=path, only the path's last part."""
     name, equals, value = argument.rpartition("=")
     return name + equals + pathlib.PurePath(value).name if value.startswith(("/", "~")) else argument
 
@@ -63,11 +67,13 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 def provenance() -> dict[str, Any]:
-    """`trudi_mjx.provenance` of the benchmark that runs: its command, the commit, the hardware and the versions that matter."""
+    """`trudi_mjx.provenance` of the benchmark that runs: its command, the commit, the hardware and the
+    versions that matter."""
     found = trudi.provenance()
     script = pathlib.Path(sys.argv[0]).resolve()
     command = ["python", f"benchmark/{script.name}", *map(without_folders, sys.argv[1:])]
-    versions = {name: version for name, version in found["versions"].items() if name.lower().startswith(PACKAGES)}
+    versions = {name: version
+                for name, version in found["versions"].items() if name.lower().startswith(PACKAGES)}
     return found | {"script": script.stem, "command": command, "cpu": cpu_name(), "versions": versions,
                     "date": time.strftime("%Y-%m-%d", time.gmtime())}
 
@@ -81,7 +87,7 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps({"provenance": provenance(), **content}, indent=1) + "\n")
 
 def measure(program: Callable, arguments: tuple, repeats: int) -> list[float]:
-    """Seconds of each of several calls, waiting for their results; a first call, which may compile, is not counted."""
+    """Seconds of several calls, waiting for results; a first one, which may compile, is not counted."""
     jax.block_until_ready(program(*arguments))
     seconds = []
     for _ in range(repeats):

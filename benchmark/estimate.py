@@ -1,20 +1,23 @@
-"""What do the paper's experiments compute and store? Floating-point operations and bytes of TruDi's learner for each task at
-the sizes of Table 5, counted and not measured, and the hours that they imply.
+"""What do the paper's experiments compute and store? Floating-point operations and bytes of TruDi's learner
+for each task at the sizes of Table 5, counted and not measured, and the hours that they imply.
 
     python benchmark/estimate.py
 
-* FLOP: XLA's count for one gradient step of critic, actor and duals, for a chain and for a value, each compiled without loops;
-  an environment step has a chain in the rollout, a chain and a value in the targets, and --num-epochs shares of a gradient
-  step. The simulator is not in it.
-* memory: networks and Adam's moments; the rollout, its normalised copy and its shuffled minibatches' source, by their shapes;
-  and what XLA says a gradient step needs besides (of its CPU backend). The simulator's state is not in it.
-* hours: FLOP at a rate that was measured. On a GPU that is the paper's: 1.95 hours (Table 2, A100 or H100) for a run on one of
-  the four humanoids, simulator included, imply so many FLOP/s, and a suite's runs are charged at that rate. On a CPU it is
-  benchmark/results/update_time_cpu.json's, a gradient step at the paper's width and minibatch. HumanoidBench's simulator runs
-  on a CPU anyway: its core-hours are from throughput_h1hand-walk-v0_cpu.json.
+* FLOP: XLA's count for one gradient step of critic, actor and duals, for a chain and for a value, each
+  compiled without loops; an environment step has a chain in the rollout, a chain and a value in the targets,
+  and --num-epochs shares of a gradient step. The simulator is not in it.
+* memory: networks and Adam's moments; the rollout, its normalised copy and its shuffled minibatches' source,
+  by their shapes; and what XLA says a gradient step needs besides (of its CPU backend). The simulator's state
+  is not in it.
+* hours: FLOP at a rate that was measured. On a GPU that is the paper's: 1.95 hours (Table 2, A100 or H100)
+  for a run on one of the four humanoids, simulator included, imply so many FLOP/s, and a suite's runs are
+  charged at that rate. On a CPU it is benchmark/results/update_time_cpu.json's, a gradient step at the
+  paper's width and minibatch. HumanoidBench's simulator runs on a CPU anyway: its core-hours are from
+  throughput_h1hand-walk-v0_cpu.json.
 
-Observations and actions are those that benchmark/all_tasks.py found, in benchmark/results/all_tasks_*.json; for ManiSkill, of
-which there is no such file, PushCube's are taken for all. Results: benchmark/results/estimates.json and estimates.md.
+Observations and actions are those that benchmark/all_tasks.py found, in benchmark/results/all_tasks_*.json;
+for ManiSkill, of which there is no such file, PushCube's are taken for all. Results:
+benchmark/results/estimates.json and estimates.md.
 """
 
 import functools
@@ -33,7 +36,7 @@ HUMANOID_HOURS = 1.95  # cited: Table 2 of the paper
 PUSH_CUBE = {"observation": 35, "privileged": 35, "action": 8}
 GIB = 2**30
 
-# ----------------------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------------------------------------ sizes
 def sizes_of(task: Task) -> dict[str, int]:
     """Entries of an observation, of what the critic sees, and of an action."""
     path = RESULTS / f"all_tasks_{task.script}.json"
@@ -49,12 +52,13 @@ def sizes_of(task: Task) -> dict[str, int]:
 def arguments(task: Task) -> trudi.Args:
     """trudi_mjx.py's arguments at a task's sizes; its learner is that of every script."""
     settings = task.settings
-    return trudi.resolve(trudi.Args(num_envs=settings.num_envs, num_steps=settings.num_steps, hidden_dim=settings.hidden_dim,
-                                    total_timesteps=settings.total_timesteps, device="cpu"))
+    return trudi.resolve(trudi.Args(num_envs=settings.num_envs, num_steps=settings.num_steps,
+                                    hidden_dim=settings.hidden_dim, total_timesteps=settings.total_timesteps,
+                                    device="cpu"))
 
-# --------------------------------------------------------------------------------------------------------- counting
+# --------------------------------------------------------------------------------------------------- counting
 def counted(function: Any, *inputs: Any) -> tuple[float, int]:
-    """FLOP of a compiled function and the bytes that it needs besides inputs and outputs; inputs may be shapes."""
+    """FLOP of a compiled function and its bytes besides inputs and outputs; inputs may be shapes."""
     compiled = jax.jit(function).lower(*inputs).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
@@ -67,28 +71,34 @@ def learner_costs(args: trudi.Args, observation: int, privileged: int, action: i
     """FLOP for an environment step, and bytes."""
     def make(key: jax.Array) -> trudi.Learner:
         rngs = trudi.nnx.Rngs(key)
-        actor, critic = trudi.Actor(args, observation, action, rngs), trudi.Critic(args, privileged, action, rngs)
+        actor = trudi.Actor(args, observation, action, rngs)
+        critic = trudi.Critic(args, privileged, action, rngs)
         duals = {name: jnp.log(trudi.INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
-        moments = [o.init(p) for o, p in zip(trudi.optimizers(args), (actor, critic, duals), strict=True)]
-        return trudi.Learner(actor, critic, duals, *moments)
+        optimizers = trudi.make_optimizers(args)
+        opt_states = [o.init(p) for o, p in zip(optimizers, (actor, critic, duals), strict=True)]
+        return trudi.Learner(actor, critic, duals, *opt_states)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     learner, chain = jax.eval_shape(make, key), (args.num_diffusion_steps, action)
-    agent = trudi.Agent(args, None, None, None)
+    setup = trudi.Setup(args, env=None, action_size=action, time_limit=0, mesh=None)
     def states(count: int) -> trudi.Batch:
-        shapes = ((observation,), (privileged,), (action,), chain, chain, ())
-        return trudi.Batch(*(jax.ShapeDtypeStruct((count, *shape), jnp.float32) for shape in shapes))
+        shapes = trudi.Batch((observation,), (privileged,), (action,), trudi.Trajectory(chain, chain), ())
+        return jax.tree.map(lambda shape: jax.ShapeDtypeStruct((count, *shape), jnp.float32), shapes,
+                            is_leaf=lambda x: type(x) is tuple)
     minibatch, whole, envs = states(args.minibatch_size), states(args.batch_size), args.num_envs
-    old_h = jax.ShapeDtypeStruct(chain, jnp.float32)
-    step, temporary = counted(functools.partial(trudi.update_minibatch, agent), learner, minibatch, old_h, key)
+    update = functools.partial(trudi.update_minibatch, setup)
+    step, temporary = counted(update, learner, learner.actor, minibatch, key)
     noise = jax.ShapeDtypeStruct((chain[0] + 1, envs, action), jnp.float32)
-    acting, _ = counted(functools.partial(trudi.sample_chain, unroll=True), learner.actor, states(envs).seen_by_actor, noise)
+    act = functools.partial(trudi.sample_chain, unroll=True)
+    acting, _ = counted(act, learner.actor, states(envs).actor_observation, noise)
     valuing, _ = counted(lambda critic, seen, u: trudi.q_value(args, critic(seen, u)), learner.critic,
-                         states(envs).seen_by_critic, states(envs).action)
+                         states(envs).critic_observation, states(envs).action)
     flop = args.num_epochs * step / args.minibatch_size + (2 * acting + valuing) / envs
     seen = observation + (privileged if privileged != observation else 0)
-    raw = 4 * args.batch_size * (2 * seen + action + 2 * chain[0] * action + 8)  # what `rollout` returns: Transition
-    return {"flop_per_step": flop, "update_flop": step, "learner_bytes": bytes_of(learner), "rollout_bytes": raw,
-            "batch_bytes": bytes_of(whole) + 4 * args.batch_size * seen,  # with the normalised next observations
+    # What `rollout` returns, Transition, and the batch, with the normalised next observations.
+    raw = 4 * args.batch_size * (2 * seen + action + 2 * chain[0] * action + 8)
+    batch = bytes_of(whole) + 4 * args.batch_size * seen
+    return {"flop_per_step": flop, "update_flop": step, "learner_bytes": bytes_of(learner),
+            "rollout_bytes": raw, "batch_bytes": batch,
             "update_bytes": temporary, "parameters": bytes_of((learner.actor, learner.critic)) // 4}
 
 def count_tasks() -> list[dict[str, Any]]:
@@ -100,24 +110,27 @@ def count_tasks() -> list[dict[str, Any]]:
         total = sum(costs[f"{name}_bytes"] for name in ("learner", "rollout", "batch", "update"))
         rows.append({"suite": task.suite, "task": task.env_id, **sizes, **costs, "bytes": total,
                      "flop": costs["flop_per_step"] * task.settings.total_timesteps})
-        print(f"{task.env_id}: {costs['flop_per_step'] / 1e6:,.0f} MFLOP a step, {total / GIB:.2f} GiB", flush=True)
+        print(f"{task.env_id}: {costs['flop_per_step'] / 1e6:,.0f} MFLOP a step, {total / GIB:.2f} GiB",
+              flush=True)
     return rows
 
-# ------------------------------------------------------------------------------------------------------------ rates
+# ------------------------------------------------------------------------------------------------------ rates
 def gpu_rate(rows: list[dict[str, Any]]) -> float:
     """FLOP/s of the learner that the paper's hours for a humanoid imply."""
-    return statistics.mean(row["flop"] for row in rows if row["suite"] == "humanoid") / (HUMANOID_HOURS * 3600)
+    flop = statistics.mean(row["flop"] for row in rows if row["suite"] == "humanoid")
+    return flop / (HUMANOID_HOURS * 3600)
 
 def cpu_rate(rows: list[dict[str, Any]]) -> tuple[float, str]:
     """FLOP/s of gradient steps at the paper's width and minibatch, measured on a CPU, and which."""
     found = [x for x in json.loads((RESULTS / "update_time_cpu.json").read_text())
              if (x["options"]["hidden_dim"], x["options"]["minibatch_size"]) == (512, 2048)]
-    flop = next(row["update_flop"] for row in rows if row["suite"] == "maniskill")  # of which it has the sizes
+    flop = next(row["update_flop"] for row in rows if row["suite"] == "maniskill")  # of its sizes
     provenance = found[-1]["provenance"]
-    return flop / statistics.median(found[-1]["seconds"]["JAX"]), f"{provenance['cpu']}, {provenance['device'].split(', ')[-1]}"
+    machine = f"{provenance['cpu']}, {provenance['device'].split(', ')[-1]}"
+    return flop / statistics.median(found[-1]["seconds"]["JAX"]), machine
 
 def simulator_core_hours() -> float:
-    """Core-hours of HumanoidBench's simulator for ten runs of each task, as throughput_humanoidbench.py measured it."""
+    """Core-hours of HumanoidBench's simulator for ten runs of each task, by throughput_humanoidbench.py."""
     measured = json.loads((RESULTS / "throughput_h1hand-walk-v0_cpu.json").read_text())
     speed = statistics.median(measured["results"]["2 workers"]["steps_per_second"]) / 2
     return 10 * sum(task.settings.total_timesteps for task in tasks_of(["humanoidbench"])) / speed / 3600
@@ -131,20 +144,23 @@ def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> 
         suites.append((suite.title, len(own), f"{total:.2e}", total / gpu / 3600, total / cpu / 3600))
     total = 10 * sum(row["flop"] for row in rows)
     suites.append(("all", len(rows), f"{total:.2e}", *(sum(x[i] for x in suites) for i in (3, 4))))
-    table = markdown_table(("ten runs of each task", "tasks", "FLOP of the learner", "GPU-hours", "CPU-hours"),
-                           [(*x[:3], *(f"{hours:,.0f}" for hours in x[3:])) for x in suites])
+    header = ("ten runs of each task", "tasks", "FLOP of the learner", "GPU-hours", "CPU-hours")
+    table = markdown_table(header, [(*x[:3], *(f"{hours:,.0f}" for hours in x[3:])) for x in suites])
     tasks = markdown_table(
-        ("task", "observation", "critic's", "action", "parameters", "MFLOP a step", "GiB", "of it rollout and batch"),
+        ("task", "observation", "critic's", "action", "parameters", "MFLOP a step", "GiB",
+         "of it rollout and batch"),
         [(row["task"], row["observation"], row["privileged"], row["action"], f"{row['parameters']:,}",
           f"{row['flop_per_step'] / 1e6:,.0f}", f"{row['bytes'] / GIB:.2f}",
           f"{(row['rollout_bytes'] + row['batch_bytes']) / GIB:.2f}") for row in rows])
-    text = ("Written by `python benchmark/estimate.py`, which says how. Nothing was measured on a GPU of ours. GPU-hours are "
-            f"of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's {HUMANOID_HOURS} hours for a humanoid "
-            "imply, with that simulator's share; where a simulator is slower, as HumanoidBench's on a CPU, it takes more. "
-            f"CPU-hours are of {machine}, at {cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator. "
-            f"HumanoidBench's simulator, measured, takes {simulator_core_hours():,.0f} core-hours besides: with 16 cores to a "
-            f"GPU, that waits for {simulator_core_hours() / 16:,.0f} hours.")
-    return f"# Estimates\n\n{text}\n\n{table}\nOne run of each task, memory without the simulator's:\n\n{tasks}"
+    text = ("Written by `python benchmark/estimate.py`, which says how. Nothing was measured on a GPU of "
+            f"ours. GPU-hours are of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
+            f"{HUMANOID_HOURS} hours for a humanoid imply, with that simulator's share; where a simulator is "
+            f"slower, as HumanoidBench's on a CPU, it takes more. CPU-hours are of {machine}, at "
+            f"{cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator. HumanoidBench's simulator, "
+            f"measured, takes {simulator_core_hours():,.0f} core-hours besides: with 16 cores to a GPU, that "
+            f"waits for {simulator_core_hours() / 16:,.0f} hours.")
+    caption = "One run of each task, memory without the simulator's:"
+    return f"# Estimates\n\n{text}\n\n{table}\n{caption}\n\n{tasks}"
 
 def main() -> None:
     """Count, write JSON and Markdown."""

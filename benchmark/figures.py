@@ -19,9 +19,10 @@ from benchmark.outcomes import Outcome, axis_of, by_task, curve, select  # noqa:
 COLOURS = ("#2a6f97", "#d1495b", "#4c956c", "#e09f3e", "#6d597a", "#00798c", "#8d5a3b", "#5c677d")
 CITED = dict(color="0.45", linewidth=1.2, linestyle=(0, (4, 3)))  # of numbers that are not ours
 plt.rcParams.update({"font.size": 10, "axes.edgecolor": "0.6", "xtick.color": "0.35", "ytick.color": "0.35",
-                     "axes.labelcolor": "0.25", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-                     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92", "legend.frameon": False,
-                     "axes.titlesize": 10, "axes.titlelocation": "left", "pdf.fonttype": 42})
+                     "axes.labelcolor": "0.25", "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92",
+                     "legend.frameon": False, "axes.titlesize": 10, "axes.titlelocation": "left",
+                     "pdf.fonttype": 42})
 
 def save(figure: Figure, table: pd.DataFrame, path: pathlib.Path) -> None:
     """Write a figure as PNG and PDF and its numbers as CSV; a path without suffix."""
@@ -30,12 +31,13 @@ def save(figure: Figure, table: pd.DataFrame, path: pathlib.Path) -> None:
     plt.close(figure)
     table.to_csv(f"{path}.csv", index=False, float_format="%.6g")
 
-def frames(count: int, columns: int = 4, width: float = 3.3, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+def frames(count: int, columns: int = 4, width: float = 3.3,
+           height: float = 2.6) -> tuple[Figure, list[Axes]]:
     """A figure with so many frames in rows."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(max(width * columns, 5.5), height * rows + 0.7), layout="constrained",
-                                squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(width * columns, 5.5), height * rows + 0.7),
+                                layout="constrained", squeeze=False)
     for empty in axes.flat[count:]:
         empty.set_axis_off()
     return figure, list(axes.flat[:count])
@@ -54,7 +56,8 @@ def start_at_zero(axes: Axes) -> None:
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend above all frames, of what any of them shows; none for a single entry."""
-    entries = {label: handle for frame in axes for handle, label in zip(*frame.get_legend_handles_labels(), strict=True)}
+    entries = {label: handle for frame in axes
+               for handle, label in zip(*frame.get_legend_handles_labels(), strict=True)}
     if len(entries) > 1:
         columns = min(len(entries), int(figure.get_figwidth() / 1.9))
         figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns)
@@ -67,7 +70,7 @@ def draw_band(axes: Axes, points: np.ndarray, band: np.ndarray, **style: Any) ->
 
 def band_of(outcomes: Sequence[Outcome], tasks: Sequence[str], axis: str,
             scale: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Points (S,) and interquartile mean with its interval (3, S) of finished outcomes of these tasks, each over its scale."""
+    """Points (S,) and IQM with its interval (3, S) of these tasks' finished outcomes, each over its scale."""
     found = by_task(outcomes)
     points = axis_of([o for task in tasks for o in found[task]], axis)
     scores = [[curve(o, axis, points) / scale.get(task, 1) for o in found[task]] for task in tasks]
@@ -75,18 +78,21 @@ def band_of(outcomes: Sequence[Outcome], tasks: Sequence[str], axis: str,
 
 def band_rows(points: np.ndarray, band: np.ndarray, axis: str, **labels: Any) -> pd.DataFrame:
     """The numbers of a band as a table."""
-    columns = {"environment_steps" if axis == "steps" else axis: points, "iqm": band[0], "low": band[1], "high": band[2]}
+    columns = {"environment_steps" if axis == "steps" else axis: points, "iqm": band[0], "low": band[1],
+               "high": band[2]}
     return pd.DataFrame({**labels, **columns})
 
-# ---------------------------------------------------------------------------------------------------------- figures
-def draw_task(axes: Axes, outcomes: list[Outcome], colours: dict[str, str], unit: float) -> list[pd.DataFrame]:
-    """One task's frame: each group's band over finished runs; thin lines for its seeds, dotted where a run is not finished."""
+# ---------------------------------------------------------------------------------------------------- figures
+def draw_task(axes: Axes, outcomes: list[Outcome], colours: dict[str, str],
+              unit: float) -> list[pd.DataFrame]:
+    """One task's frame: each group's band over finished runs; thin lines for seeds, dotted if unfinished."""
     tables = []
     for group, colour in colours.items():
         own = [o for o in select(outcomes, group=group) if len(o.values) and o.state != "superseded"]
         done = select(own, state="finished")
         for o in own:
-            style = dict(linewidth=0.7, alpha=0.45) if o.state == "finished" else dict(linewidth=1.2, linestyle=":")
+            finished, unfinished = dict(linewidth=0.7, alpha=0.45), dict(linewidth=1.2, linestyle=":")
+            style = finished if o.state == "finished" else unfinished
             axes.plot(o.steps / unit, o.values, color=colour, **style)
         if done and len(points := axis_of(done, "steps")):
             band = interval(stack([[curve(o, "steps", points) for o in done]]), iqm)
@@ -96,7 +102,7 @@ def draw_task(axes: Axes, outcomes: list[Outcome], colours: dict[str, str], unit
 
 def tasks_figure(outcomes: list[Outcome], colours: dict[str, str], cited: dict[str, float], ylabel: str,
                  missing: str) -> tuple[Figure, pd.DataFrame]:
-    """A frame for each task that any group has a run of (Figures 9 to 14); cited returns by task as dashed lines."""
+    """A frame for each task that any group has a run of (Figures 9 to 14); cited returns as dashed lines."""
     tasks = list(dict.fromkeys(o.env_id for o in outcomes if len(o.values)))
     unit, xlabel = unit_of([o.steps[-1] for o in outcomes if len(o.values)], "steps")
     figure, axes = frames(len(tasks), 5 if len(tasks) > 12 else 4 if len(tasks) > 4 else min(len(tasks), 3))
@@ -124,8 +130,8 @@ def draw_cited(axes: Axes, cited: list[tuple[str, float, float | None]], unit: f
 
 def suites_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str], axis: str, ylabel: str,
                   cited: dict[str, list[tuple[str, float, float | None]]]) -> tuple[Figure, pd.DataFrame]:
-    """A frame for each suite (Figure 2; over hours, Figure 5). A panel has its title, outcomes, tasks, groups and scale;
-    cited numbers are a label, a value, and the hours they took if axis is hours."""
+    """A frame for each suite (Figure 2; over hours, Figure 5). A panel has its title, outcomes, tasks, groups
+    and scale; cited numbers are a label, a value, and the hours they took if axis is hours."""
     figure, axes = frames(len(panels), min(len(panels), 3), 4.2, 3.2)
     tables = []
     for frame, (suite, panel) in zip(axes, panels.items(), strict=True):
@@ -142,7 +148,8 @@ def suites_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str], ax
     legend(figure, axes)
     return figure, pd.concat(tables)
 
-def profiles_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str], xlabel: str) -> tuple[Figure, pd.DataFrame]:
+def profiles_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str],
+                    xlabel: str) -> tuple[Figure, pd.DataFrame]:
     """For each suite the share of runs whose last evaluation is above a threshold."""
     figure, axes = frames(len(panels), min(len(panels), 3), 4.2, 3.2)
     tables = []
@@ -156,8 +163,8 @@ def profiles_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str], 
             draw_band(frame, taus, band, color=colours[group], label=group)
             numbers = dict(threshold=taus, share=band[0], low=band[1], high=band[2])
             tables.append(pd.DataFrame({"suite": suite, "group": group, **numbers}))
-        frame.set(xlabel=f"{'normalised ' if panel['scale'] else ''}{xlabel} τ", ylabel="share of runs above τ",
-                  ylim=(-0.02, 1.02), title=panel["title"])
+        frame.set(xlabel=f"{'normalised ' if panel['scale'] else ''}{xlabel} τ",
+                  ylabel="share of runs above τ", ylim=(-0.02, 1.02), title=panel["title"])
     legend(figure, axes)
     return figure, pd.concat(tables)
 
@@ -172,7 +179,8 @@ def points_with_intervals(axes: Axes, places: Sequence[float], bands: np.ndarray
     axes.errorbar(places, bands[:, 0], ends, fmt="o", capsize=3, **style)
 
 def improvement_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """P(X > Y) with its interval for each suite and pair of groups; a table with suite, x, y, probability, low, high."""
+    """P(X > Y) with its interval for suites and pairs of groups; a table of suite, x, y, probability, low,
+    high."""
     figure, (axes,) = frames(1, 1, 7.0, 0.45 * len(table) + 0.6)
     rows = table.iloc[::-1]
     labels = [f"{row.suite}: {row.x} > {row.y}" for row in rows.itertuples()]
@@ -184,9 +192,9 @@ def improvement_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
              xlabel="probability that a run of the first is better than one of the second")
     return figure, table
 
-def ablation_figure(outcomes: dict[float, list[Outcome]], tasks: Sequence[str], scale: dict[str, float], title: str,
-                    xlabel: str, ylabel: str, axis: str) -> tuple[Figure, pd.DataFrame]:
-    """Curves for each value, coloured by its logarithm, and the last evaluations over the values (Figures 5 and 6)."""
+def ablation_figure(outcomes: dict[float, list[Outcome]], tasks: Sequence[str], scale: dict[str, float],
+                    title: str, xlabel: str, ylabel: str, axis: str) -> tuple[Figure, pd.DataFrame]:
+    """Curves for each value, coloured by its logarithm, and last evaluations over values (Figures 5, 6)."""
     figure, (left, right) = frames(2, 2, 4.6, 3.2)
     spread = np.log10(list(outcomes))
     shade = plt.get_cmap("viridis")((spread - spread.min()) / max(np.ptp(spread), 1e-9) * 0.92)
@@ -209,27 +217,32 @@ def ablation_figure(outcomes: dict[float, list[Outcome]], tasks: Sequence[str], 
     return figure, pd.concat(tables)
 
 def evaluation_figure(table: pd.DataFrame, ylabel: str) -> tuple[Figure, pd.DataFrame]:
-    """Returns of the ways to evaluate (Figure 6, right): a frame for each suite and group; a table with suite, group,
-    evaluation, iqm, low, high."""
+    """Returns of the ways to evaluate (Figure 6, right): a frame for each suite and group; a table with
+    suite, group, evaluation, iqm, low, high."""
     panels = list(table.groupby(["suite", "group"], sort=False))
     figure, axes = frames(len(panels), min(len(panels), 3), max(4.2, 0.75 * table.evaluation.nunique()), 3.0)
     for frame, ((suite, group), rows) in zip(axes, panels, strict=True):
-        points_with_intervals(frame, range(len(rows)), rows[["iqm", "low", "high"]].to_numpy(), color=COLOURS[0], markersize=7)
-        frame.set(xticks=range(len(rows)), ylabel=f"IQM of {ylabel}", title=f"{suite}, {group}", xlim=(-0.5, len(rows) - 0.5))
+        points_with_intervals(frame, range(len(rows)), rows[["iqm", "low", "high"]].to_numpy(),
+                              color=COLOURS[0], markersize=7)
+        frame.set(xticks=range(len(rows)), ylabel=f"IQM of {ylabel}", title=f"{suite}, {group}",
+                  xlim=(-0.5, len(rows) - 0.5))
         frame.set_xticklabels(rows.evaluation, rotation=30, ha="right")
     return figure, table
 
 def entropy_figure(table: pd.DataFrame, cited: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Behaviour entropy of each run, with its mean, beside the paper's (Table 1); tables with task and entropy, and method."""
+    """Behaviour entropy of each run, with its mean, beside the paper's (Table 1); tables with task and
+    entropy, and method."""
     figure, (axes,) = frames(1, 1, 5.5, 3.0)
     tasks = list(dict.fromkeys([*table.task, *cited.task]))
     for place, task in enumerate(tasks):
         own = table[table.task == task].entropy.astype(float)
-        axes.plot(np.full(len(own), place - 0.15), own, "o", color=COLOURS[0], alpha=0.5, label="runs" if place == 0 else None)
-        axes.plot(place - 0.15, own.mean(), "_", markersize=24, color=COLOURS[0], label="their mean" if place == 0 else None)
+        axes.plot(np.full(len(own), place - 0.15), own, "o", color=COLOURS[0], alpha=0.5,
+                  label="runs" if place == 0 else None)
+        axes.plot(place - 0.15, own.mean(), "_", markersize=24, color=COLOURS[0],
+                  label="their mean" if place == 0 else None)
         for k, row in enumerate(cited[cited.task == task].itertuples()):
-            axes.errorbar(place + 0.1 + 0.1 * k, row.entropy, row.spread, fmt="d", capsize=3, color=f"{0.2 + 0.25 * k}",
-                          label=f"{row.method} (cited)" if place == 0 else None)
+            axes.errorbar(place + 0.1 + 0.1 * k, row.entropy, row.spread, fmt="d", capsize=3,
+                          color=f"{0.2 + 0.25 * k}", label=f"{row.method} (cited)" if place == 0 else None)
     axes.set(xticks=range(len(tasks)), xticklabels=tasks, ylim=(-0.05, 1.05), ylabel="behaviour entropy",
              xlim=(-0.6, len(tasks) - 0.3))
     legend(figure, [axes])

@@ -1,4 +1,4 @@
-"""Runs the units of a sweep on this machine: one process on each GPU, or on cores of its own, a status table, clean ends."""
+"""Runs a sweep's units on this machine: a process on each GPU or on cores of its own, a table, clean ends."""
 
 import dataclasses
 import os
@@ -49,17 +49,22 @@ def columns(rows: list[list[str]]) -> str:
     """Rows as lines, the first column aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(word.rjust(width) if i else word.ljust(width)
-                               for i, (word, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+                               for i, (word, width) in enumerate(zip(row, widths, strict=True)))
+                     for row in rows)
 
 def shown_time(seconds: float | None) -> str:
     """A duration for a person."""
     if seconds is None:
         return "?"
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 def progress(unit: Unit, state: State) -> float:
     """The share of a unit that is done, in [0, 1]; an evaluation's is not known before it ends."""
-    done = state.wall_time / (unit.hours * 3600) if unit.hours is not None else state.step / max(unit.total_timesteps, 1)
+    done = state.step / max(unit.total_timesteps, 1)
+    if unit.hours is not None:
+        done = state.wall_time / (unit.hours * 3600)
     return 1.0 if state.kind == "finished" else 0.0 if unit.evaluation else min(done, 1.0)
 
 def seconds_left(unit: Unit, state: State) -> float | None:
@@ -75,9 +80,11 @@ class Sweep:
         self.log_dir, self.began = log_dir, time.monotonic()
         self.states = dict(states)
         self.waiting = deque(unit for unit, state in states if state.kind == "waiting")
-        self.failed = {unit: "a loss was not finite; remove the run's folder diverged/ to try again from its checkpoint"
+        self.failed = {unit: "a metric was not finite; remove the run's folder diverged/ to try again from its "
+                             "checkpoint"
                        for unit, state in states if state.kind == "diverged"}
-        self.free, self.running = list(reversed(machine.slots)), {}  # of each running unit: its process and slot
+        # of each running unit: its process and slot
+        self.free, self.running = list(reversed(machine.slots)), {}
         self.received: list[int] = []  # signals
 
     def hear(self, number: int, _: Any) -> None:
@@ -86,8 +93,8 @@ class Sweep:
         self.waiting.clear()
         for process, _ in self.running.values():
             process.stop() if len(self.received) == 1 else process.kill()
-        print("\nwaiting for the checkpoints of what runs; once more to kill it" if len(self.received) == 1 else "\nkilled",
-              flush=True)
+        print("\nwaiting for the checkpoints of what runs; once more to kill it" if len(self.received) == 1
+              else "\nkilled", flush=True)
 
     def launch(self) -> None:
         """Start the next unit in a free slot."""
@@ -111,9 +118,10 @@ class Sweep:
         return bool(ended)
 
     def left(self) -> float | None:
-        """Seconds that the sweep still takes: what is left of all units, at the pace of those of the same task or, where there
-        is none yet, of any, shared by the slots."""
-        seconds = {unit: seconds_left(unit, state) for unit, state in self.states.items() if unit in self.running}
+        """Seconds that the sweep still takes: what is left of all units, at the pace of those of the same
+        task or, where there is none yet, of any, shared by the slots."""
+        seconds = {unit: seconds_left(unit, state)
+                   for unit, state in self.states.items() if unit in self.running}
         paces = {unit: state.wall_time / progress(unit, state) for unit, state in self.states.items()
                  if state.wall_time > 0 and progress(unit, state) > 0 and not unit.evaluation}
         if not paces or any(x is None for x in seconds.values()):
@@ -121,7 +129,8 @@ class Sweep:
         mean = sum(paces.values()) / len(paces)
         for unit in self.waiting:
             same = [pace for other, pace in paces.items() if other.task == unit.task]
-            seconds[unit] = (sum(same) / len(same) if same else mean) * (1 - progress(unit, self.states[unit]))
+            pace = sum(same) / len(same) if same else mean
+            seconds[unit] = pace * (1 - progress(unit, self.states[unit]))
         slots = max(len(self.running) + len(self.free), 1)
         return max([sum(seconds.values()) / slots, *(seconds[unit] for unit in self.running)])
 
@@ -135,11 +144,13 @@ class Sweep:
             event = state.run.last() if state.run else {}
             sps = event.get("charts/SPS", 0) * unit.num_seeds
             rows.append([unit.name, where, f"{state.step:,}", f"{progress(unit, state):.0%}", f"{sps:,.0f}",
-                         f"{event[RETURN]:.1f}" if RETURN in event else "", shown_time(seconds_left(unit, state))])
+                         f"{event[RETURN]:.1f}" if RETURN in event else "",
+                         shown_time(seconds_left(unit, state))])
         finished = sum(state.kind == "finished" for state in self.states.values())
-        counts = f"{finished} of {len(self.states)} finished, {len(self.running)} running, {len(self.waiting)} waiting"
         time_left = f", {shown_time(self.left())} left" if self.running else ""
-        return f"{counts}, {len(self.failed)} failed{time_left}\n" + (columns(rows) + "\n" if self.running else "")
+        counts = (f"{finished} of {len(self.states)} finished, {len(self.running)} running, "
+                  f"{len(self.waiting)} waiting, {len(self.failed)} failed{time_left}")
+        return f"{counts}\n{columns(rows)}\n" if self.running else f"{counts}\n"
 
     def failures(self) -> str:
         """What failed, with the last lines of its log."""
@@ -148,8 +159,9 @@ class Sweep:
             parts += [f"{unit.name}: {error}", *(f"    {line}" for line in last_lines(unit, self.log_dir))]
         return "\n".join(parts)
 
-def run_locally(states: list[tuple[Unit, State]], log_dir: pathlib.Path, machine: Machine, interval: float) -> int:
-    """Run what is not finished; returns the exit code: 0 if all is finished, 1 if something failed, 128 + n after a signal."""
+def run_locally(states: list[tuple[Unit, State]], log_dir: pathlib.Path, machine: Machine,
+                interval: float) -> int:
+    """Run what is not finished; the exit code: 0 if all is finished, 1 if anything failed, 128 + a signal."""
     sweep, shown = Sweep(states, log_dir, machine), -1e9
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, sweep.hear)

@@ -14,7 +14,8 @@ from benchmark.runs import NOT_SEARCHED, Run, events, find_runs, furthest
 from benchmark.tasks import ALGORITHMS, SUITES, algorithm_of, task_of, tasks_of
 
 OTHER = "other"  # suite of tasks that are not of the 73
-VARIANT = re.compile(r"(?P<base>.+)-(?P<kind>epsilon|denoising|wall-clock)(-(?P<hours>[\d.]+)h)?-(?P<value>[\d.]+)")
+VARIANT = re.compile(r"(?P<base>.+)-(?P<kind>epsilon|denoising|wall-clock)(-(?P<hours>[\d.]+)h)?"
+                     r"-(?P<value>[\d.]+)")
 POINTS = 60  # at most, of a curve
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Outcome:
     last_step: int = 0  # of the log
     last_hours: float = 0.0
     success: float = np.nan  # share of successful episodes in the last evaluation, where the task tells
-    paper_sizes: bool = False  # whether environments, horizon and width are those of Table 5, and the script is TruDi's
+    # whether environments, horizon and width are those of Table 5, and the script is TruDi's
+    paper_sizes: bool = False
     device: str = ""
     folder: str = ""
 
@@ -51,7 +53,9 @@ def state_of(run: Run, superseded: bool) -> str:
     done = run.finished()
     if variant and variant["hours"]:
         done = run.last()["wall_time"] >= float(variant["hours"]) * 3600
-    return "superseded" if superseded else "finished" if done else "diverged" if run.diverged else "unfinished"
+    if superseded:
+        return "superseded"
+    return "finished" if done else "diverged" if run.diverged else "unfinished"
 
 def outcomes_of(run: Run, group: str, metric: str, superseded: bool, until_steps: float) -> list[Outcome]:
     """One outcome for each seed of a run, as if it had ended after so many environment steps."""
@@ -64,21 +68,25 @@ def outcomes_of(run: Run, group: str, metric: str, superseded: bool, until_steps
         own = [event for event in log if metric in event]
         columns = (np.array([event[name] for event in own], float) for name in ("step", "wall_time", metric))
         steps, seconds, values = columns
-        success = own[-1].get(SUITES[suite].success, np.nan) if own and task and SUITES[suite].success else np.nan
+        measured = own and task and SUITES[suite].success
+        success = own[-1].get(SUITES[suite].success, np.nan) if measured else np.nan
         end = log[-1] if log else {"step": 0, "wall_time": 0.0}
-        found.append(Outcome(suite, env_id, group, seed, state if own else "unfinished", steps, seconds / 3600, values,
-                             end["step"], end["wall_time"] / 3600, success, bool(sizes), run.device, run.folder.name))
+        found.append(Outcome(suite, env_id, group, seed, state if own else "unfinished", steps,
+                             seconds / 3600, values, end["step"], end["wall_time"] / 3600, success,
+                             bool(sizes), run.device, run.folder.name))
     return found
 
 def group_of(run: Run, group_by: str) -> str:
-    """The group of a run: the folder that it is in, or an argument's value, and a baseline's algorithm unless that says it."""
+    """The group of a run: the folder that it is in, or an argument's value, and a baseline's algorithm unless
+    that says it."""
     algorithm = algorithm_of(run.script)
     name = run.folder.parent.name if group_by == "folder" else str(run.args.get(group_by, "?"))
     return f"{algorithm}-{name}" if algorithm in ALGORITHMS[1:] and not name.startswith(algorithm) else name
 
-def read_outcomes(sources: Iterable[str], metric: str, group_by: str, until_steps: float = np.inf) -> list[Outcome]:
-    """The outcomes of all runs in these folders, until so many steps. Of several runs of the same group, task and seeds the
-    furthest counts; the others are marked as superseded."""
+def read_outcomes(sources: Iterable[str], metric: str, group_by: str,
+                  until_steps: float = np.inf) -> list[Outcome]:
+    """The outcomes of all runs in these folders, until so many steps. Of several runs of the same group, task
+    and seeds the furthest counts; the others are marked as superseded."""
     same: dict[tuple, list[Run]] = {}
     for run in find_runs(sources):
         same.setdefault((group_of(run, group_by), *run.identity[2:]), []).append(run)
@@ -86,12 +94,14 @@ def read_outcomes(sources: Iterable[str], metric: str, group_by: str, until_step
             for outcome in outcomes_of(run, group, metric, run is not furthest(runs), until_steps)]
 
 def with_missing(outcomes: list[Outcome], seeds: int) -> list[Outcome]:
-    """The outcomes and, for every group and suite that has any, those of the runs that there are not. Each task ought to have
-    the seeds that any has, and 1 to `seeds`; an ablation, the tasks that any of its values has; others, the whole suite."""
+    """The outcomes and, for every group and suite that has any, those of the runs that there are not. Each
+    task ought to have the seeds that any has, and 1 to `seeds`; an ablation, the tasks that any of its values
+    has; others, the whole suite."""
     complete = list(outcomes)
     for group, suite in sorted({(outcome.group, outcome.suite) for outcome in outcomes}):
         variant = VARIANT.fullmatch(group)
-        kin = [o for o in outcomes if o.suite == suite and (o.group == group or variant and same_ablation(o.group, group))]
+        kin = [o for o in outcomes
+               if o.suite == suite and (o.group == group or variant and same_ablation(o.group, group))]
         known = set() if variant or suite == OTHER else {task.env_id for task in tasks_of([suite])}
         wanted = {(env_id, seed) for env_id in known | {o.env_id for o in kin}
                   for seed in {o.seed for o in kin} | set(range(1, seeds + 1))}
@@ -103,7 +113,9 @@ def order_of(outcome: Outcome) -> tuple:
     """Suites and tasks in their own order, an ablation's values by size, then seeds."""
     suites, tasks = [*SUITES, OTHER], [task.env_id for task in tasks_of(SUITES)]
     variant = VARIANT.fullmatch(outcome.group)
-    group = (variant["base"], variant["kind"], float(variant["value"])) if variant else (outcome.group, "", 0.0)
+    group = (outcome.group, "", 0.0)
+    if variant:
+        group = (variant["base"], variant["kind"], float(variant["value"]))
     task = tasks.index(outcome.env_id) if outcome.env_id in tasks else len(tasks)
     return suites.index(outcome.suite), group, task, outcome.env_id, outcome.seed
 
@@ -122,8 +134,9 @@ def by_task(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
     return {name: select(done, env_id=name) for name in dict.fromkeys(o.env_id for o in done)}
 
 def axis_of(outcomes: list[Outcome], axis: str) -> np.ndarray:
-    """Points (S,) in steps or hours at which all of these can be compared: from the latest first evaluation to the earliest
-    last one, at the evaluations or, if these are many or at different hours, evenly spread."""
+    """Points (S,) in steps or hours at which all of these can be compared: from the latest first evaluation
+    to the earliest last one, at the evaluations or, if these are many or at different hours, evenly
+    spread."""
     every = [getattr(o, axis) for o in outcomes]
     low, high = max(x[0] for x in every), min(x[-1] for x in every)
     points = np.unique(np.concatenate(every))
@@ -142,7 +155,8 @@ def find_files(sources: Iterable[str], name: str, folder: str | None = None) -> 
     for source in sources:
         for place, below, files in os.walk(source):
             below[:] = [x for x in below if x not in NOT_SEARCHED]
-            wanted = [x for x in files if x.endswith(name) and (folder is None or pathlib.Path(place).name == folder)]
+            wanted = [x for x in files
+                      if x.endswith(name) and (folder is None or pathlib.Path(place).name == folder)]
             found |= {pathlib.Path(place, x).resolve() for x in wanted}
     return sorted(found)
 
@@ -154,7 +168,8 @@ def read_evaluations(sources: Iterable[str], metric: str) -> list[dict[str, Any]
         task = task_of(saved["script"], saved["env_id"])
         values = np.atleast_1d(saved["results"].get(metric, np.nan))
         rows += [dict(suite=task.suite if task else OTHER, env_id=saved["env_id"], group=saved["exp_name"],
-                      seed=saved["seed"] + k, evaluation=saved["evaluation"], step=saved["step"], value=float(value))
+                      seed=saved["seed"] + k, evaluation=saved["evaluation"], step=saved["step"],
+                      value=float(value))
                  for k, value in enumerate(values)]
     return rows
 

@@ -1,12 +1,14 @@
-"""Learning curves of trudi_mjx.py from its metrics.jsonl files: a mean line per group over its seeds' thin ones.
+"""Learning curves of trudi_mjx.py from metrics.jsonl files: a mean line per group over its seeds' thin ones.
 
-    python benchmark/plot_curves.py benchmark/results/curves/CartpoleBalance benchmark/results/curves/CheetahRun \
+    python benchmark/plot_curves.py \
+        benchmark/results/curves/CartpoleBalance benchmark/results/curves/CheetahRun \
         --output benchmark/results/curves.png [--metric eval/episodic_return] [--label-by env_id]
 
-Every argument is a metrics.jsonl, a folder that is searched for them, or a quoted glob of either. A group is what has the
-same label: the name of the folder two levels above the file, as in curves/<group>/<run>/metrics.jsonl, or with --label-by the
-value of an argument that the args.json beside the file, or one folder above, records. Nothing is smoothed. The mean is drawn
-as far as all seeds of the group go, over the steps at which any of them was evaluated, by interpolation where one was not.
+Every argument is a metrics.jsonl, a folder that is searched for them, or a quoted glob of either. A group is
+what has the same label: the name of the folder two levels above the file, as in
+curves/<group>/<run>/metrics.jsonl, or with --label-by the value of an argument that the args.json beside the
+file, or one folder above, records. Nothing is smoothed. The mean is drawn as far as all seeds of the group
+go, over the steps at which any of them was evaluated, by interpolation where one was not.
 """
 
 import dataclasses
@@ -46,20 +48,23 @@ class Options:
 def find_logs(sources: tuple[str, ...]) -> list[pathlib.Path]:
     """All metrics.jsonl that files, folders or globs name, sorted, each once."""
     found = {path for source in sources for path in map(pathlib.Path, glob.glob(source, recursive=True))}
-    files = {file.resolve() for path in found for file in (path.rglob("metrics.jsonl") if path.is_dir() else [path])}
+    files = {file.resolve() for path in found
+             for file in (path.rglob("metrics.jsonl") if path.is_dir() else [path])}
     return sorted(files)
 
 def label_of(path: pathlib.Path, label_by: str) -> str:
     """The group that a metrics.jsonl belongs to."""
     if label_by == FOLDER:
         return path.parent.parent.name
-    args = next((folder / "args.json" for folder in path.parents[:2] if (folder / "args.json").exists()), None)
+    args = next((folder / "args.json" for folder in path.parents[:2] if (folder / "args.json").exists()),
+                None)
     if args is None:
         raise SystemExit(f"--label-by {label_by} needs an args.json beside {path}")
     return str(json.loads(args.read_text())["args"][label_by])
 
 def read_curve(path: pathlib.Path, metric: str, until: float) -> Curve:
-    """Read one metrics.jsonl up to a step, of a run in progress too; lines without the metric count for the length only."""
+    """Read a metrics.jsonl up to a step, of a run in progress too; lines without the metric count for length
+    only."""
     lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     lines = [line for line in lines if line["step"] <= until]
     own = [line for line in lines if metric in line]
@@ -68,7 +73,8 @@ def read_curve(path: pathlib.Path, metric: str, until: float) -> Curve:
     steps, values = (np.array([line[name] for line in own], float) for name in ("step", metric))
     return Curve(steps, values, lines[-1]["wall_time"], lines[-1]["step"])
 
-def read_groups(sources: tuple[str, ...], metric: str, label_by: str = FOLDER, until: float = np.inf) -> dict[str, list[Curve]]:
+def read_groups(sources: tuple[str, ...], metric: str, label_by: str = FOLDER,
+                until: float = np.inf) -> dict[str, list[Curve]]:
     """The curves of every group, in the order of their names."""
     groups = {}
     for path in find_logs(sources):
@@ -103,8 +109,8 @@ def note(groups: dict[str, list[Curve]]) -> str:
 
 def draw(groups: dict[str, list[Curve]], options: Options) -> None:
     """Draw all groups in one frame, each labelled where its mean ends."""
-    plt.rcParams.update({"font.size": 12, "axes.edgecolor": "0.6", "xtick.color": "0.35", "ytick.color": "0.35",
-                         "axes.labelcolor": "0.25"})
+    plt.rcParams.update({"font.size": 12, "axes.edgecolor": "0.6", "xtick.color": "0.35",
+                         "ytick.color": "0.35", "axes.labelcolor": "0.25"})
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     million = max(curve.last_step for curves in groups.values() for curve in curves) >= 1e6
     unit, ends = 1e6 if million else 1e3, []
@@ -127,7 +133,8 @@ def draw(groups: dict[str, list[Curve]], options: Options) -> None:
     low, high = axes.get_ylim()
     heights = spread_labels(np.array([end[1] for end in ends]), (high - low) * 0.06, low, high)
     for (x, _, label, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(label, (x, height), (8, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)
+        axes.annotate(label, (x, height), (8, 0), textcoords="offset points", color=colour, va="center",
+                      annotation_clip=False)
     figure.savefig(options.output, dpi=200)
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Runs, or continues, a sweep: tasks x seeds, an ablation of them, or evaluations of what they trained.
 
-    python -m benchmark.run --suite dmc --seeds 10                        # one process on each GPU of this machine
+    python -m benchmark.run --suite dmc --seeds 10                        # a process on each GPU found here
     python -m benchmark.run --suite all --slurm --slurm-hours 8           # the same as a job array
     python -m benchmark.run --tasks CheetahRun WalkerWalk --seeds 3 --workers 2 --flags="--preset cpu"
     python -m benchmark.run --suite dmc --algorithm reppo --seeds 10      # one of benchmark/baselines
     python -m benchmark.run --ablation epsilon --tasks CheetahRun --seeds 3 --flags="--preset cpu"
 
-The same command again skips what is finished and continues what was interrupted; Ctrl-C lets every run write a checkpoint
-first. --dry-run prints the commands that remain. The exit code is 1 if a run failed; the last lines of its log are printed at
-the end."""
+The same command again skips what is finished and continues what was interrupted; Ctrl-C lets every run write
+a checkpoint first. --dry-run prints the commands that remain. The exit code is 1 if a run failed; the last
+lines of its log are printed at the end."""
 
 import dataclasses
 import difflib
@@ -37,8 +37,10 @@ class Ablation:
 
 N_STEPS = ("1", "4", "8", "16", "32")
 ABLATIONS = {
-    "epsilon": Ablation("isaaclab", tuple("0.01 0.05 0.1 0.2 0.4 1 5 10 50".split()), "--trust-region-bound"),  # Figure 6, left
-    "evaluation": Ablation("humanoid", tuple("sde ode-0.5 ode-0.75 ode-1 ode-1.25 ode-1.5 best-of-10 best-of-20".split())),
+    # Figure 6, left
+    "epsilon": Ablation("isaaclab", tuple("0.01 0.05 0.1 0.2 0.4 1 5 10 50".split()), "--trust-region-bound"),
+    "evaluation": Ablation("humanoid", tuple("sde ode-0.5 ode-0.75 ode-1 ode-1.25 ode-1.5 best-of-10 "
+                                             "best-of-20".split())),
     "wall-clock": Ablation("humanoid", N_STEPS, "--num-diffusion-steps"),  # Figure 5, left
     "denoising": Ablation("humanoid", N_STEPS, "--num-diffusion-steps")}  # Figure 5, right
 
@@ -46,18 +48,21 @@ ABLATIONS = {
 class Options:
     """Run or continue a sweep."""
 
-    suite: Literal["dmc", "humanoid", "maniskill", "humanoidbench", "isaaclab", "all"] | None = None  # whose tasks
+    # whose tasks
+    suite: Literal["dmc", "humanoid", "maniskill", "humanoidbench", "isaaclab", "all"] | None = None
     tasks: tuple[str, ...] = ()  # only these of them; without --suite, of all
     algorithm: Literal["trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo"] = "trudi"  # what trains
     seeds: int = 10  # runs of each task, with seeds from 1
     name: str | None = None  # the sweep's; part of the run folders' names; default: the algorithm's
     flags: str = ""  # further flags of the scripts, as in --flags="--preset cpu"
     log_dir: str = "runs"  # parent of the run folders, of logs/ and of evaluations/
-    ablation: Literal["epsilon", "denoising", "evaluation", "wall-clock"] | None = None  # vary this; default suite: the paper's
+    # vary this; default suite: the paper's
+    ablation: Literal["epsilon", "denoising", "evaluation", "wall-clock"] | None = None
     values: tuple[str, ...] = ()  # of what the ablation varies; default: the paper's
     hours: float = 2.5  # that every run of --ablation wall-clock may take
     vmap_seeds: int = 1  # seeds that one process trains side by side, on Playground
-    workers: int | None = None  # processes at a time; default: one for each GPU, or one on a CPU; with --slurm: no limit
+    # processes at a time; default: one for each GPU, or one on a CPU; with --slurm: no limit
+    workers: int | None = None
     python: tuple[str, ...] = ()  # SUITE=INTERPRETER, where one is not this process's
     status_interval: float = 60.0  # seconds between status tables
     dry_run: bool = False  # print the commands that remain, and run nothing
@@ -67,7 +72,7 @@ class Options:
     slurm_cpus: int = 8  # of each job
     slurm_sbatch: tuple[str, ...] = ()  # further options of sbatch, as in partition=gpu account=me
 
-# ------------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------------- plan
 def pairs(words: tuple[str, ...], flag: str) -> dict[str, str]:
     """What NAME=VALUE words say; exits with code 2 on others."""
     for word in words:
@@ -77,7 +82,8 @@ def pairs(words: tuple[str, ...], flag: str) -> dict[str, str]:
 
 def chosen_tasks(options: Options) -> list[Task]:
     """The tasks to run; exits with code 2 on unknown ones."""
-    suite = options.suite or ("all" if options.tasks else options.ablation and ABLATIONS[options.ablation].suite)
+    suite = options.suite or ("all" if options.tasks
+                              else options.ablation and ABLATIONS[options.ablation].suite)
     if not suite:
         fail(f"name a --suite ({', '.join(SUITES)} or all), --tasks or an --ablation")
     tasks = {task.env_id: task for task in tasks_of(SUITES if suite == "all" else [suite], options.algorithm)}
@@ -86,7 +92,8 @@ def chosen_tasks(options: Options) -> list[Task]:
         fail(f"{unknown} is none of the tasks of --suite {suite}; the nearest are {', '.join(near)}")
     chosen = [tasks[name] for name in options.tasks or tasks]
     for task in (task for task in chosen if not (ROOT / place_of(task.script)).exists()):
-        fail(f"--algorithm {options.algorithm} has no script for {SUITES[task.suite].title}, as of {task.env_id}")
+        fail(f"--algorithm {options.algorithm} has no script for {SUITES[task.suite].title}, as of "
+             f"{task.env_id}")
     return chosen
 
 def sweep_name(options: Options) -> str:
@@ -113,17 +120,20 @@ def variants(options: Options) -> list[dict]:
     ablation, kind = ABLATIONS[options.ablation], options.ablation
     values = options.values or ablation.values
     if kind == "evaluation":
-        return [dict(exp_name=sweep, flags=(*flags, *evaluation_flags(value)), evaluation=value) for value in values]
+        return [dict(exp_name=sweep, flags=(*flags, *evaluation_flags(value)), evaluation=value)
+                for value in values]
     for value in values:
         if not value.replace(".", "", 1).isdigit():
             fail(f"--values of --ablation {kind} are numbers, not {value}")
     if kind == "wall-clock":
         name, hours = f"{sweep}-wall-clock-{options.hours:g}h", options.hours
-        return [dict(exp_name=f"{name}-{value}", hours=hours, flags=(*flags, ablation.flag, value)) for value in values]
-    return [dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value)) for value in values]
+        return [dict(exp_name=f"{name}-{value}", hours=hours, flags=(*flags, ablation.flag, value))
+                for value in values]
+    return [dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value))
+            for value in values]
 
 def endless(unit: Unit) -> Unit:
-    """A unit with a limit of hours, with ten times its steps if they are not given: far more than it can take."""
+    """A unit with a limit of hours, with ten times its steps if they are not given: more than it can take."""
     if unit.hours is None or any(word.startswith("--total-timesteps") for word in unit.flags):
         return unit
     return dataclasses.replace(unit, flags=(*unit.flags, "--total-timesteps", str(10 * unit.total_timesteps)))
@@ -140,15 +150,18 @@ def check(options: Options, tasks: list[Task]) -> None:
              (options.workers is None or options.workers > 0, "--workers must be positive"),
              (options.hours > 0 and options.slurm_hours > 0, "--hours and --slurm-hours must be positive"),
              (options.ablation or not options.values, "--values needs an --ablation"),
-             (options.algorithm == ALGORITHMS[0] or not options.ablation, "--ablation is of TruDi, not of another --algorithm"),
-             (options.vmap_seeds == 1 or vmapped, "--vmap-seeds is for trudi_mjx.py and baselines, which lack these tasks"),
+             (options.algorithm == ALGORITHMS[0] or not options.ablation,
+              "--ablation is of TruDi, not of another --algorithm"),
+             (options.vmap_seeds == 1 or vmapped,
+              "--vmap-seeds is for trudi_mjx.py and baselines, which lack these tasks"),
              (not taken, f"--flags must not have {' '.join(sorted(taken))}, which the sweep sets"),
              (known, f"there is no --preset {preset}")]
     for message in (message for holds, message in rules if not holds):
         fail(message)
 
 def plan(options: Options) -> list[Unit]:
-    """All units of a sweep: every task's first seed comes before any second, so that a sweep that is stopped early has all."""
+    """All units of a sweep: all tasks' first seeds come before any second, so that one stopped early has
+    all."""
     tasks, python = chosen_tasks(options), pairs(options.python, "--python")
     check(options, tasks)
     for name in python.keys() - SUITES.keys():
@@ -171,14 +184,15 @@ def remaining(units: list[Unit], log_dir: pathlib.Path) -> list[tuple[Unit, Stat
         found.append((unit, state))
     return found
 
-# ------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 def print_commands(states: list[tuple[Unit, State]], log_dir: pathlib.Path, machine: Machine) -> None:
     """Print the commands of what remains, on the GPUs in turn, for a person to paste."""
     todo = [(unit, state) for unit, state in states if state.kind == "waiting"]
     for number, (unit, state) in enumerate(todo):
         prefix, environment = machine.slots[number % len(machine.slots)]
         words = command(unit, state.run, log_dir)
-        print(*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join([*prefix, *words]))
+        print(*(f"{name}={shlex.quote(value)}" for name, value in environment.items()),
+              shlex.join([*prefix, *words]))
     diverged = sum(state.kind == "diverged" for _, state in states)
     print(f"# {len(todo)} of {len(states)} remain" + (f"; {diverged} diverged" if diverged else ""))
 
@@ -191,8 +205,8 @@ def main() -> None:
     if options.dry_run:
         return print_commands(states, log_dir, machine)
     if options.slurm:
-        parameters = dict(hours=options.slurm_hours, gpus=options.slurm_gpus, cpus=options.slurm_cpus, parallel=options.workers,
-                          sbatch=pairs(options.slurm_sbatch, "--slurm-sbatch"))
+        parameters = dict(hours=options.slurm_hours, gpus=options.slurm_gpus, cpus=options.slurm_cpus,
+                          parallel=options.workers, sbatch=pairs(options.slurm_sbatch, "--slurm-sbatch"))
         return slurm.submit(states, log_dir, functools.partial(slurm.array_executor, **parameters))
     return sys.exit(run_locally(states, log_dir, machine, options.status_interval))
 

@@ -1,5 +1,5 @@
-"""Reads the run folders that the scripts write: args.json, metrics.jsonl (in seed_*/ where seeds were trained side by side),
-checkpoints."""
+"""Reads the run folders that the scripts write: args.json, metrics.jsonl (in seed_*/ where seeds were trained
+side by side), checkpoints."""
 
 import dataclasses
 import functools
@@ -33,7 +33,8 @@ class Run:
     def logs(self) -> dict[int, pathlib.Path]:
         """Each seed's metrics.jsonl, whether it exists or not."""
         seeds = range(self.args["seed"], self.args["seed"] + self.args.get("num_seeds", 1))
-        return {seed: self.folder / (f"seed_{seed}" if len(seeds) > 1 else "") / "metrics.jsonl" for seed in seeds}
+        return {seed: self.folder / (f"seed_{seed}" if len(seeds) > 1 else "") / "metrics.jsonl"
+                for seed in seeds}
 
     @property
     def checkpoint(self) -> int:
@@ -51,9 +52,10 @@ class Run:
         return min((last_event(path) for path in self.logs.values()), key=lambda event: event["step"])
 
     def end(self, total_timesteps: int | None = None) -> int:
-        """The step at which a run of so many environment steps ends; default: of as many as its arguments say."""
+        """The step at which a run of so many environment steps ends; default: of its arguments' number."""
         total = self.args["total_timesteps"] if total_timesteps is None else total_timesteps
-        return total // self.args["batch_size"] * self.args["batch_size"]  # steps that do not fill an iteration are left out
+        # steps that do not fill an iteration are left out
+        return total // self.args["batch_size"] * self.args["batch_size"]
 
     def finished(self, total_timesteps: int | None = None) -> bool:
         """Whether every seed has reached the end and was evaluated there."""
@@ -62,7 +64,7 @@ class Run:
 
 @functools.cache
 def read_args(path: pathlib.Path, _changed: int) -> Run | None:
-    """The run of an args.json, read again only when it has changed; None, and a word on stderr, if it is none of ours."""
+    """The run of an args.json, read again only if it has changed; None, and a word on stderr, if not ours."""
     try:
         saved = json.loads(path.read_text())
         run = Run(path.parent, saved["script"], saved["args"], saved.get("device", ""))
@@ -86,7 +88,7 @@ def furthest(runs: Iterable[Run]) -> Run | None:
     return max(runs, key=lambda run: (run.finished(), run.checkpoint, run.last()["step"]), default=None)
 
 def events(path: pathlib.Path) -> list[dict[str, Any]]:
-    """All events of a metrics.jsonl; the last line of a run that was killed may be half written, and is left out."""
+    """All events of a metrics.jsonl; without the last line that a killed run may have half written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -1,5 +1,5 @@
-"""Submits the units of a sweep as a Slurm job array through submitit. A job that is preempted or runs out of time writes a
-checkpoint and is requeued, and then continues its run."""
+"""Submits the units of a sweep as a Slurm job array through submitit. A job that is preempted or runs out of
+time writes a checkpoint and is requeued, and then continues its run."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ GRACE = 600.0  # seconds to wait for Slurm to take the job away once it has ende
 
 @dataclasses.dataclass
 class Job:
-    """What a job does; submitit pickles it, and pickles what `checkpoint` returns when it requeues the job."""
+    """What a job does; submitit pickles it, and what `checkpoint` returns when it requeues the job."""
 
     unit: Unit
     log_dir: pathlib.Path
@@ -31,16 +31,18 @@ class Job:
             time.sleep(POLL)
         error = self.process.judge()
         if error and not self.process.told and self.process.child.returncode in STOPPED:
-            time.sleep(GRACE)  # a preemption that signals all processes: the run has its checkpoint, Slurm requeues the job
+            # a preemption that signals all processes: the run has its checkpoint, Slurm requeues the job
+            time.sleep(GRACE)
         if error:
-            raise RuntimeError("\n".join([f"{self.unit.name}: {error}", *last_lines(self.unit, self.log_dir)]))
+            raise RuntimeError("\n".join([f"{self.unit.name}: {error}",
+                                          *last_lines(self.unit, self.log_dir)]))
         return f"{self.unit.name}: finished"
 
     def checkpoint(self) -> Any:
-        """Called by submitit in a signal handler before it requeues the job: end the run, which writes a checkpoint."""
+        """Called by submitit in a signal handler before it requeues the job: the run writes a checkpoint."""
         if self.process:
             self.process.stop()
-            # __call__ may hold Popen's lock where the signal interrupted it, so wait without taking it or the exit code.
+            # __call__ may hold Popen's lock where the signal interrupted it: wait without lock and exit code.
             os.waitid(os.P_PID, self.process.child.pid, os.WEXITED | os.WNOWAIT)
         return import_module("submitit").helpers.DelayedSubmission(Job(self.unit, self.log_dir))
 
@@ -49,9 +51,11 @@ def array_executor(folder: pathlib.Path, hours: float, gpus: int, cpus: int, par
     """submitit's executor of a job array. Exits with code 2 where there is no Slurm."""
     if not shutil.which("sbatch"):
         fail("--slurm needs sbatch, which is not on this machine")
-    executor = import_module("submitit").AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=100)
+    executor = import_module("submitit").AutoExecutor(folder=folder, cluster="slurm",
+                                                      slurm_max_num_timeout=100)
     executor.update_parameters(
-        name="trudi", timeout_min=int(hours * 60), cpus_per_task=cpus, slurm_array_parallelism=parallel or 1000,
+        name="trudi", timeout_min=int(hours * 60), cpus_per_task=cpus,
+        slurm_array_parallelism=parallel or 1000,
         slurm_signal_delay_s=NOTICE, slurm_additional_parameters={"requeue": True, **sbatch},
         **({"gpus_per_node": gpus} if gpus else {}))
     return executor
@@ -68,6 +72,7 @@ def submit(states: list[tuple[Unit, State]], log_dir: pathlib.Path, make_executo
     executor = make_executor(log_dir / "slurm")
     with executor.batch():
         submitted = [executor.submit(job) for job in jobs]
-    print(f"submitted {len(submitted)} jobs, {submitted[0].job_id} to {submitted[-1].job_id}; logs of the runs are in "
-          f"{log_dir}/logs, of the jobs in {log_dir}/slurm; the same command with --dry-run tells what remains")
+    print(f"submitted {len(submitted)} jobs, {submitted[0].job_id} to {submitted[-1].job_id}; logs of the "
+          f"runs are in {log_dir}/logs, of the jobs in {log_dir}/slurm; the same command with --dry-run "
+          "tells what remains")
     return submitted

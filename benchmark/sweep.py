@@ -1,7 +1,8 @@
 """What a sweep consists of, and how one process of it is run: the same on this machine and in a job of Slurm.
 
-A unit is one process: a task, a variant and a seed, or several seeds side by side; or the evaluation of such a run. What has
-been done is read from the run folders, never remembered, so that a sweep can be continued after any end."""
+A unit is one process: a task, a variant and a seed, or several seeds side by side; or the evaluation of such
+a run. What has been done is read from the run folders, never remembered, so that a sweep can be continued
+after any end."""
 
 import dataclasses
 import fcntl
@@ -18,7 +19,8 @@ from typing import Any, NoReturn
 from benchmark.runs import Run, find_runs, furthest
 from benchmark.tasks import ROOT, Task, place_of, preset_timesteps
 
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes after a signal
+# exit codes after a signal
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
@@ -36,14 +38,16 @@ class Unit:
     @property
     def name(self) -> str:
         """What a person calls it; also the name of its log."""
-        parts = [self.task.env_id, self.exp_name, str(self.seed), *([self.evaluation] if self.evaluation else [])]
+        parts = [self.task.env_id, self.exp_name, str(self.seed),
+                 *([self.evaluation] if self.evaluation else [])]
         return "__".join(parts)
 
     @property
     def total_timesteps(self) -> int:
         """Environment steps of each seed."""
         given = given_values(self.flags)
-        return int(given.get("total_timesteps") or preset_timesteps(self.task.script, given.get("preset", "paper")))
+        return int(given.get("total_timesteps")
+                   or preset_timesteps(self.task.script, given.get("preset", "paper")))
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -85,11 +89,13 @@ def conflict(unit: Unit, run: Run) -> str | None:
     for name, saved in run.args.items():
         if name == "device":  # those from here on may differ when a run is continued
             return None
+        if name == "env_config":  # the script itself compares it, key by key, when it continues a run
+            continue
         if name in given and not same_value(saved, given[name]):
             return f"{name} {saved}, where this sweep has {given[name]}"
     return None
 
-# ------------------------------------------------------------------------------------------------------------ state
+# ------------------------------------------------------------------------------------------------------ state
 def existing(unit: Unit, runs: Iterable[Run]) -> Run | None:
     """The run of a unit among these, told by what its args.json says."""
     identity = unit.task.script, unit.exp_name, unit.task.env_id, unit.seed, unit.num_seeds
@@ -100,7 +106,7 @@ def result_path(unit: Unit, log_dir: pathlib.Path) -> pathlib.Path:
     return log_dir / "evaluations" / f"{unit.name}.json"
 
 def is_trained(unit: Unit, run: Run) -> bool:
-    """Whether a run has reached the unit's end: the last step and an evaluation there or, with a limit of hours, that time."""
+    """Whether a run is at the unit's end: at the last step, evaluated, or at the limit of hours if any."""
     if unit.hours is not None:
         return run.last()["wall_time"] >= unit.hours * 3600
     return run.finished(unit.total_timesteps)
@@ -118,7 +124,7 @@ def assess(unit: Unit, runs: Iterable[Run], log_dir: pathlib.Path) -> State:
     kind = "finished" if is_trained(unit, run) else "diverged" if run.diverged else "waiting"
     return State(kind, run, step, wall_time)
 
-# ---------------------------------------------------------------------------------------------------------- command
+# ---------------------------------------------------------------------------------------------------- command
 def command(unit: Unit, run: Run | None, log_dir: pathlib.Path) -> list[str]:
     """The command that does a unit, continuing the run that there is if it has a checkpoint."""
     words = [unit.python, os.path.relpath(ROOT / place_of(unit.task.script))]
@@ -127,7 +133,8 @@ def command(unit: Unit, run: Run | None, log_dir: pathlib.Path) -> list[str]:
     words += ["--env-id", unit.task.env_id, "--exp-name", unit.exp_name, "--seed", str(unit.seed)]
     words += ["--num-seeds", str(unit.num_seeds)] if unit.num_seeds > 1 else []
     begun = run and run.checkpoint >= 0
-    return [*words, *unit.flags, *(["--resume", os.path.relpath(run.folder)] if begun else ["--log-dir", str(log_dir)])]
+    return [*words, *unit.flags,
+            *(["--resume", os.path.relpath(run.folder)] if begun else ["--log-dir", str(log_dir)])]
 
 def log_path(unit: Unit, log_dir: pathlib.Path) -> pathlib.Path:
     """What the unit's processes printed, one after another."""
@@ -145,8 +152,9 @@ class Refused(Exception):
 def spawn(words: list[str], log: Any, environment: dict[str, str]) -> subprocess.Popen:
     """Start a command that writes to a log.
 
-    It gets a session of its own, so that Ctrl-C in a terminal reaches it once, through this process: a second signal would kill
-    it. Slurm sends submitit's SIGUSR2 to children too, which it would end; they inherit that it is blocked."""
+    It gets a session of its own, so that Ctrl-C in a terminal reaches it once, through this process: a second
+    signal would kill it. Slurm sends submitit's SIGUSR2 to children too, which it would end; they inherit
+    that it is blocked."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
         return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -157,11 +165,12 @@ def spawn(words: list[str], log: Any, environment: dict[str, str]) -> subprocess
 class Process:
     """A unit's running process."""
 
-    def __init__(self, unit: Unit, log_dir: pathlib.Path, prefix: tuple[str, ...] = (), **environment: str) -> None:
+    def __init__(self, unit: Unit, log_dir: pathlib.Path, prefix: tuple[str, ...] = (),
+                 **environment: str) -> None:
         """Start it. Raises Refused if another process does this unit, or if there is nothing to evaluate.
 
-        The log is locked, and the child, whose output it is, holds the lock as long as it or a worker of it lives: also when
-        this process is killed and a second sweep comes to the same unit."""
+        The log is locked, and the child, whose output it is, holds the lock as long as it or a worker of it
+        lives: also when this process is killed and a second sweep comes to the same unit."""
         self.unit, self.log_dir, self.told = unit, log_dir, False
         path = log_path(unit, log_dir)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,13 +219,15 @@ class Process:
             return None
         if self.told and code in STOPPED:
             return "stopped; the next call continues it"
-        return f"exit code {code} at step {state.step:,}" + (", a loss is not finite" if state.kind == "diverged" else "")
+        reason = ", a loss is not finite" if state.kind == "diverged" else ""
+        return f"exit code {code} at step {state.step:,}{reason}"
 
     def keep(self, run: Run) -> None:
         """Write down the numbers that an evaluation printed last."""
         unit, path = self.unit, result_path(self.unit, self.log_dir)
-        content = {"script": run.script, "env_id": unit.task.env_id, "exp_name": unit.exp_name, "seed": unit.seed,
-                   "num_seeds": unit.num_seeds, "evaluation": unit.evaluation, "flags": unit.flags, "run": run.folder.name,
+        content = {"script": run.script, "env_id": unit.task.env_id, "exp_name": unit.exp_name,
+                   "seed": unit.seed, "num_seeds": unit.num_seeds, "evaluation": unit.evaluation,
+                   "flags": unit.flags, "run": run.folder.name,
                    "step": run.last()["step"], "results": json.loads(last_lines(unit, self.log_dir, 1)[0])}
         path.parent.mkdir(exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")

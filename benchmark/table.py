@@ -1,11 +1,13 @@
 """A Markdown table of learning curves, from the raw metrics.jsonl files behind them.
 
-    python benchmark/table.py benchmark/results/curves/CartpoleBalance benchmark/results/curves/CheetahRun --threshold 900
+    python benchmark/table.py --threshold 900 \
+        benchmark/results/curves/CartpoleBalance benchmark/results/curves/CheetahRun
 
-Arguments and groups as in plot_curves.py. Final: the last evaluation of each seed. Best: the highest evaluation of any seed.
-Stays up: the lowest evaluation of any seed in the last quarter of its run. First reaches: the steps at which each seed's
-evaluation was first at the threshold or above. Minutes: the longest run's, evaluations and checkpoints included and compilation
-not; seeds that one process trained side by side share them.
+Arguments and groups as in plot_curves.py. Final: the last evaluation of each seed. Best: the highest
+evaluation of any seed. Stays up: the lowest evaluation of any seed in the last quarter of its run. First
+reaches: the steps at which each seed's evaluation was first at the threshold or above. Minutes: the longest
+run's, evaluations and checkpoints included and compilation not; seeds that one process trained side by side
+share them.
 """
 
 import dataclasses
@@ -40,9 +42,11 @@ def row(label: str, curves: list[Curve], threshold: float | None, decimals: int)
     """One group's row."""
     final = [curve.values[-1] for curve in curves]
     best, lowest = max(curve.values.max() for curve in curves), min(map(lowest_in_last_quarter, curves))
-    numbers = [", ".join(f"{x:.{decimals}f}" for x in final), *(f"{x:.{decimals}f}" for x in (np.mean(final), best, lowest))]
+    numbers = [", ".join(f"{x:.{decimals}f}" for x in final),
+               *(f"{x:.{decimals}f}" for x in (np.mean(final), best, lowest))]
     reached = [] if threshold is None else [", ".join(first_step(curve, threshold) for curve in curves)]
-    length = [f"{max(curve.seconds for curve in curves) / 60:.1f}", f"{max(curve.last_step for curve in curves):,}"]
+    length = [f"{max(curve.seconds for curve in curves) / 60:.1f}",
+              f"{max(curve.last_step for curve in curves):,}"]
     return [label, str(len(curves)), *numbers, *reached, *length]
 
 if __name__ == "__main__":

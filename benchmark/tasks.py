@@ -1,7 +1,7 @@
 """The paper's 73 tasks as data: suite, script, id, and the settings that Table 5 gives.
 
-Nothing here imports a simulator, JAX or PyTorch, so that listing tasks and printing commands takes no time: the ids and the
-presets are read from the scripts' own tables."""
+Nothing here imports a simulator, JAX or PyTorch, so that listing tasks and printing commands takes no time:
+the ids and the presets are read from the scripts' own tables."""
 
 import ast
 import dataclasses
@@ -11,8 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ALGORITHMS = ("trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo")  # all but the first in benchmark/baselines, for Playground
-CONSTANTS = ("DMC", "HUMANOID", "TASKS", "PAPER", "PRESET")  # a script's tables, in terms of literals and of each other
+# all but the first in benchmark/baselines, for Playground
+ALGORITHMS = ("trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo")
+# a script's tables, in terms of literals and of each other
+CONSTANTS = ("DMC", "HUMANOID", "NAMES", "TASKS", "PAPER", "CPU", "PRESET")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -36,7 +38,8 @@ class Suite:
     figure: str  # the paper's figure of the curves of each task
     settings: Settings
     success: str | None = None  # metric of the share of successful episodes, where there is one
-    normalized: bool = False  # returns of different tasks cannot be averaged as they are; the paper normalises them
+    # returns of different tasks cannot be averaged as they are; the paper normalises them
+    normalized: bool = False
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -79,16 +82,19 @@ def algorithm_of(script: str) -> str:
 
 @functools.cache
 def constants(script: str) -> dict[str, Any]:
-    """A script's tables of tasks and presets by name, evaluated without importing the script and with it a simulator."""
+    """A script's tables of tasks and presets by name, evaluated without importing the script and with it a
+    simulator."""
     tree = ast.parse((ROOT / place_of(script)).read_text())
-    named = [node for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in CONSTANTS]
+    named = [node for node in tree.body
+             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in CONSTANTS]
     found: dict[str, Any] = {}
     exec(compile(ast.Module(named, []), script, "exec"), found)
     return {name: found[name] for name in CONSTANTS if name in found}
 
 def tasks_of(suites: Iterable[str], algorithm: str = "trudi") -> list[Task]:
     """The tasks of these suites, in the scripts' order; Isaac Lab's have the ids of version 3.0."""
-    found = [Task(name, env_id, algorithm) for name in suites for env_id in constants(SUITES[name].script)[SUITES[name].tasks]]
+    found = [Task(name, env_id, algorithm) for name in suites
+             for env_id in constants(SUITES[name].script)[SUITES[name].tasks]]
     return [task for task in found if not task.env_id.startswith("Mjlab-")]  # which one script knows too
 
 def preset_timesteps(script: str, preset: str) -> int:
@@ -96,9 +102,11 @@ def preset_timesteps(script: str, preset: str) -> int:
     return constants(script)["PRESET"][preset]["total_timesteps"]
 
 def task_of(script: str, env_id: str) -> Task | None:
-    """TruDi's task of a run of any algorithm, also under Isaac Lab's ids of version 2.3; None for one that is not of the 73."""
+    """TruDi's task of a run of any algorithm, also under Isaac Lab's ids of version 2.3; None for one that is
+    not of the 73."""
     if algorithm_of(script) in ALGORITHMS:
         script = script.replace(algorithm_of(script), "trudi")
     if script == "trudi_isaaclab":
         env_id = env_id.removesuffix("-v0").replace("Repose", "Reorient")
-    return next((known for known in tasks_of(SUITES) if (known.script, known.env_id) == (script, env_id)), None)
+    return next((known for known in tasks_of(SUITES) if (known.script, known.env_id) == (script, env_id)),
+                None)

@@ -1,21 +1,24 @@
-"""How fast is trudi_mjx.py? Environment steps per second, compile and start-up seconds, and peak memory of one setting.
+"""How fast is trudi_mjx.py? Environment steps per second, compile and start-up seconds, peak memory.
 
     python benchmark/throughput.py --env-id G1JoystickRoughTerrain [any flag of trudi_mjx.py] [--repeats 5]
 
-* start-up: seconds from `python trudi_mjx.py ...` to the first iteration in metrics.jsonl, of a process that finds an empty
-  --compilation-cache-dir (and empty caches of Warp's and CUDA's kernels), and of a second one that finds what the first left;
+* start-up: seconds from `python trudi_mjx.py ...` to the first iteration in metrics.jsonl, of a process that
+  finds an empty --compilation-cache-dir (and empty caches of Warp's and CUDA's kernels), and of a second one
+  that finds what the first left;
 * compile: tracing and lowering of one iteration, then its compilation, in this process and without any cache;
-* steps/s, each part run on its own: the simulator alone (uniformly random actions), the rollout (policy, simulator and one
-  batch of resets), the critic's targets (with the observations' normalisation), the update (all epochs of minibatches) and
-  the whole iteration. Steps are environment steps, summed over --num-seeds; every part is charged an iteration's steps.
-  Compiled programs only, after a warm-up call and up to their results' arrival. The policy is an untrained one: where a
-  simulator's time depends on contacts, that of a trained one may differ;
-* --profile: what takes an iteration's time, by JAX's profiler: the names of a GPU's kernels, or of a CPU's operations, whose
-  times add up to the most;
-* memory: the device's peak after the iterations and before anything else ran (GPU only), and the process's largest resident
-  set, compilation included.
+* steps/s, each part run on its own: the simulator alone (uniformly random actions), the rollout (policy,
+  simulator and one batch of resets), the critic's targets (with the observations' normalisation), the update
+  (all epochs of minibatches) and the whole iteration. Steps are environment steps, summed over --num-seeds;
+  every part is charged an iteration's steps. Compiled programs only, after a warm-up call and up to their
+  results' arrival. The policy is an untrained one: where a simulator's time depends on contacts, that of a
+  trained one may differ;
+* --profile: what takes an iteration's time, by JAX's profiler: the names of a GPU's kernels, or of a CPU's
+  operations, whose times add up to the most;
+* memory: the device's peak after the iterations and before anything else ran (GPU only), and the process's
+  largest resident set, compilation included.
 
-Medians are over --repeats calls. Results go to benchmark/results/throughput_{env}_{device}.json and, as a table, to stdout.
+Medians are over --repeats calls. Results go to benchmark/results/throughput_{env}_{device}.json and, as a
+table, to stdout.
 """
 
 import dataclasses
@@ -34,7 +37,17 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from common import RESULTS, Sizes, cpu_name, markdown_table, measure, shown_args, training_command, trudi, write_json
+from common import (
+    RESULTS,
+    Sizes,
+    cpu_name,
+    markdown_table,
+    measure,
+    shown_args,
+    training_command,
+    trudi,
+    write_json,
+)
 from jax.sharding import NamedSharding, PartitionSpec
 
 
@@ -47,20 +60,23 @@ class Options(Sizes):
     profile: bool = False  # profile an iteration
     output: str | None = None  # the JSON file; default: named after task and device
 
-# --------------------------------------------------------------------------------------------------------- start-up
+# --------------------------------------------------------------------------------------------------- start-up
 def logged(folder: pathlib.Path) -> bool:
     """Whether a run in a folder has logged an iteration."""
     return any(path.stat().st_size for path in folder.rglob("metrics.jsonl"))
 
 def measure_start(args: trudi.Args, cache: pathlib.Path) -> dict[str, float]:
-    """Seconds until a process logs its first iteration and, within them, those it spent compiling; it is then killed."""
+    """Seconds until a process logs its first iteration, and those of compiling; it is then killed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = training_command(dataclasses.replace(args, log_dir=folder, compilation_cache_dir=str(cache / "jax")))
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        args = dataclasses.replace(args, log_dir=folder, compilation_cache_dir=str(cache / "jax"))
+        command = training_command(args)
+        environment = {name: value
+                       for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         environment |= {"WARP_CACHE_PATH": str(cache / "warp"), "CUDA_CACHE_PATH": str(cache / "cuda")}
         output, began = pathlib.Path(folder, "output.txt"), time.perf_counter()
         with output.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment,
+                                       cwd=folder)
             while process.poll() is None and not logged(pathlib.Path(folder)):
                 time.sleep(0.02)
             seconds = time.perf_counter() - began
@@ -75,63 +91,72 @@ def measure_starts(options: Options) -> dict[str, dict[str, float]]:
     """Start-up without and with compiled programs of an earlier start."""
     sizes = trudi.PRESET[options.preset]  # `resolve` would take hold of the GPU, which the processes need
     steps = (options.num_envs or sizes["num_envs"]) * (options.num_steps or sizes["num_steps"])
-    args = options.training_args(total_timesteps=2 * steps, eval_interval=2)  # the first one is logged without an evaluation
+    # the first one is logged without an evaluation
+    args = options.training_args(total_timesteps=2 * steps, eval_interval=2)
     with tempfile.TemporaryDirectory() as cache:
         return {name: measure_start(args, pathlib.Path(cache)) for name in ("empty cache", "warm cache")}
 
-# ------------------------------------------------------------------------------------------ parts of an iteration
-def simulate(agent: trudi.Agent, state: trudi.TrainState) -> tuple:
-    """A rollout's steps of the simulator with random actions; returns what `rollout` keeps of the outcomes."""
-    args, shape = agent.args, (agent.args.num_envs, agent.env.action_size)
+# -------------------------------------------------------------------------------------- parts of an iteration
+def simulate(setup: trudi.Setup, state: trudi.TrainState) -> trudi.Outcome:
+    """A rollout's steps of the simulator with random actions; returns the outcomes, which `rollout` keeps."""
+    args, shape = setup.args, (setup.args.num_envs, setup.action_size)
 
-    def step(env: trudi.EnvState, key: jax.Array) -> tuple[trudi.EnvState, tuple]:
+    def step(env_state: trudi.EnvState, key: jax.Array) -> tuple[trudi.EnvState, trudi.Outcome]:
         action = jax.random.uniform(key, shape, minval=-trudi.ACTION_LIMIT, maxval=trudi.ACTION_LIMIT)
-        return trudi.env_step(agent, env, action)
+        return trudi.env_step(setup, env_state, action)
 
-    return jax.lax.scan(step, state.env, jax.random.split(state.key, args.num_steps))[1]
+    return jax.lax.scan(step, state.env_state, jax.random.split(state.key, args.num_steps))[1]
 
-def act(agent: trudi.Agent, state: trudi.TrainState) -> trudi.Transition:
+def act(setup: trudi.Setup, state: trudi.TrainState) -> trudi.Transition:
     """A rollout of the policy: its transitions."""
-    return trudi.rollout(agent, state.learner.actor, state.statistics, state.env, state.key)[1]
+    return trudi.rollout(setup, state.learner.actor, state.statistics, state.env_state, state.key)[1]
 
-def prepare(agent: trudi.Agent, state: trudi.TrainState, data: trudi.Transition) -> trudi.Batch:
-    """What the update learns from: the critic's targets beside normalised observations, as in `trudi_mjx.improve`."""
-    seen, next_seen = (trudi.views(trudi.normalize(state.statistics, x)) for x in (data.observation, data.next_observation))
-    target = trudi.critic_targets(agent, state.learner, data, next_seen, state.key)
-    batch = trudi.Batch(*seen, data.action, data.latents, data.means, target)
+def make_batch(setup: trudi.Setup, state: trudi.TrainState, data: trudi.Transition) -> trudi.Batch:
+    """What the epochs learn from: targets beside normalised observations, as in `trudi_mjx.update`."""
+    inputs = trudi.network_inputs(trudi.normalize(state.statistics, data.observation))
+    next_inputs = trudi.network_inputs(trudi.normalize(state.statistics, data.next_observation))
+    target = trudi.critic_targets(setup, state.learner, data, next_inputs, state.key)
+    batch = trudi.Batch(inputs.actor, inputs.critic, data.action, data.trajectory, target)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
 
-def update(agent: trudi.Agent, state: trudi.TrainState, batch: trudi.Batch) -> trudi.Learner:
+def update_epochs(setup: trudi.Setup, state: trudi.TrainState, batch: trudi.Batch) -> trudi.Learner:
     """All epochs of minibatches."""
-    old_h = state.learner.actor.step_sizes()
-    return trudi.learn(agent, state.learner, batch, old_h, state.key)[0]
+    return trudi.update_epochs(setup, state.learner, batch, state.key)[0]
 
-def measure_parts(agent: trudi.Agent, state: trudi.TrainState, repeats: int) -> dict[str, list[float]]:
+def measure_parts(setup: trudi.Setup, state: trudi.TrainState, repeats: int) -> dict[str, list[float]]:
     """Seconds of every part but the whole, each a program of its own."""
-    programs = [jax.jit(jax.vmap(functools.partial(f, agent))) for f in (simulate, act, prepare, update)]
+    functions = (simulate, act, make_batch, update_epochs)
+    programs = [jax.jit(jax.vmap(functools.partial(f, setup))) for f in functions]
     data = programs[1](state)
     batch = programs[2](state, data)
-    arguments = {"simulator alone": (state,), "rollout": (state,), "targets": (state, data), "update": (state, batch)}
+    arguments = {"simulator alone": (state,), "rollout": (state,), "targets": (state, data),
+                 "update": (state, batch)}
     return {name: measure(program, inputs, repeats)
             for program, (name, inputs) in zip(programs, arguments.items(), strict=True)}
 
-# -------------------------------------------------------------------------------------------------- whole iteration
-def compile_iteration(agent: trudi.Agent, keys: jax.Array) -> tuple[Callable, trudi.TrainState, dict[str, float]]:
-    """`iterate`, compiled as `trudi_mjx.prepare` does; the initial state; seconds of tracing and of compiling."""
-    whole, split = (NamedSharding(agent.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
-    init, run = (jax.vmap(functools.partial(f, agent)) for f in (trudi.init_state, trudi.iterate))
+# -------------------------------------------------------------------------------------------- whole iteration
+def compile_iteration(
+    setup: trudi.Setup, keys: jax.Array
+) -> tuple[Callable, trudi.TrainState, dict[str, float]]:
+    """`iterate`, compiled as in `trudi_mjx.prepare`; the initial state; seconds of tracing and compiling."""
+    whole, split = (NamedSharding(setup.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
+    init, run = (jax.vmap(functools.partial(f, setup)) for f in (trudi.init_state, trudi.iterate))
     abstract = jax.eval_shape(init, keys)
-    env = jax.tree.map(lambda x: split if x.shape[1:2] == (agent.args.num_envs,) else whole, abstract.env)
-    shardings = jax.tree.map(lambda _: whole, abstract)._replace(env=env)
+    num_envs = (setup.args.num_envs,)
+    env_state = jax.tree.map(lambda x: split if x.shape[1:2] == num_envs else whole, abstract.env_state)
+    shardings = jax.tree.map(lambda _: whole, abstract)._replace(env_state=env_state)
     times = [time.perf_counter()]
-    lowered = jax.jit(run, in_shardings=(shardings,), out_shardings=(shardings, whole), donate_argnums=0).lower(abstract)
+    jitted = jax.jit(run, in_shardings=(shardings,), out_shardings=(shardings, whole), donate_argnums=0)
+    lowered = jitted.lower(abstract)
     times.append(time.perf_counter())
     program = lowered.compile()
     times.append(time.perf_counter())
     seconds = dict(zip(("trace and lower", "compile"), np.diff(times).tolist(), strict=True))
     return program, jax.jit(init, out_shardings=shardings)(keys), seconds
 
-def measure_iteration(program: Callable, state: trudi.TrainState, repeats: int) -> tuple[list[float], trudi.TrainState]:
+def measure_iteration(
+    program: Callable, state: trudi.TrainState, repeats: int
+) -> tuple[list[float], trudi.TrainState]:
     """Seconds of iterations in a row after one that is not counted, and the last state."""
     state, seconds = jax.block_until_ready(program(state))[0], []
     for _ in range(repeats):
@@ -147,8 +172,8 @@ def peak_memory(device: jax.Device) -> dict[str, int]:
     return {"device": (device.memory_stats() or {}).get("peak_bytes_in_use"), "resident": resident}
 
 def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, float, int]]:
-    """Names, seconds and numbers of calls of what takes the most time in an iteration, on the device; 30 of them. On a CPU, an
-    operation's time has in it that of the operations that it calls."""
+    """Names, seconds and numbers of calls of what takes the most time in an iteration, on the device; 30 of
+    them. On a CPU, an operation's time has in it that of the operations that it calls."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(program(state))
@@ -161,17 +186,20 @@ def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, floa
         for event in (event for line in lines for event in line.events):
             total = totals.setdefault(re.sub(r"[.\d]+$", "", event.name), [0.0, 0])
             total[0], total[1] = total[0] + event.duration_ns * 1e-9, total[1] + 1
-    return sorted(((name, seconds, int(calls)) for name, (seconds, calls) in totals.items()), key=lambda row: -row[1])[:30]
+    return sorted(((name, seconds, int(calls)) for name, (seconds, calls) in totals.items()),
+                  key=lambda row: -row[1])[:30]
 
-# ---------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- results
 def report(results: dict[str, Any], title: str) -> str:
     """The results as Markdown."""
     rows = []
     for name, seconds in results["seconds"].items():
         rate = [results["steps"] / x for x in (np.median(seconds), max(seconds), min(seconds))]
-        rows.append((name, f"{rate[0]:,.0f}", f"{rate[1]:,.0f} to {rate[2]:,.0f}", f"{np.median(seconds):.3f}"))
+        rows.append((name, f"{rate[0]:,.0f}", f"{rate[1]:,.0f} to {rate[2]:,.0f}",
+                     f"{np.median(seconds):.3f}"))
     text = markdown_table((title, "steps/s (median)", "slowest to fastest", "seconds per iteration"), rows)
-    facts = [(f"{name} an iteration", f"{seconds:.1f} s") for name, seconds in results["compile_seconds"].items()]
+    facts = [(f"{name} an iteration", f"{seconds:.1f} s")
+             for name, seconds in results["compile_seconds"].items()]
     for name, x in results["start_seconds"].items():
         seconds = f"{x['first_iteration_logged']:.1f} s (of which compiling {x['compile']:.1f} s)"
         facts.append((f"start to first logged iteration, {name}", seconds))
@@ -186,19 +214,21 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     starts = measure_starts(options) if options.starts else {}
     args = trudi.resolve(options.training_args())
-    agent = trudi.make_agent(args)
+    setup = trudi.make_setup(args)
     keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
-    program, state, compile_seconds = compile_iteration(agent, keys)
+    program, state, compile_seconds = compile_iteration(setup, keys)
     iteration, state = measure_iteration(program, state, options.repeats)
-    device = agent.mesh.devices.flat[0]
+    device = setup.mesh.devices.flat[0]
     memory = peak_memory(device)
-    seconds = {**measure_parts(agent, state, options.repeats), "whole iteration": iteration}
-    profile = profiled(program, state) if options.profile else []  # after all else: the iteration takes the state
+    seconds = {**measure_parts(setup, state, options.repeats), "whole iteration": iteration}
+    # after all else: the iteration takes the state
+    profile = profiled(program, state) if options.profile else []
     steps = args.batch_size * args.num_seeds
-    rates = {name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x)) for name, x in seconds.items()}
+    rates = {name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x))
+             for name, x in seconds.items()}
     results = {"args": shown_args(args), "steps": steps, "steps_per_second": rates, "seconds": seconds,
-               "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory, "profile": profile,
-               "matmul_precision": jax.config.jax_default_matmul_precision}
+               "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory,
+               "profile": profile, "matmul_precision": jax.config.jax_default_matmul_precision}
     kind = re.sub(r"\W+", "_", device.device_kind.lower())
     path = pathlib.Path(options.output or RESULTS / f"throughput_{args.env_id}_{kind}.json")
     write_json(path, results)

@@ -2,10 +2,10 @@
 
     python benchmark/update_time.py [--hidden-dim 512 --minibatch-size 2048]
 
-Both run `learn`, one epoch of --num-minibatches gradient steps of critic, actor and duals, on the same random data, in turn, so
-that a disturbance of the machine meets both. Medians over --repeats; the ratio is the median of the pairs' ratios. PyTorch runs
-as the script has it, on one thread of a CPU (and as often as asked with --compile); JAX takes all cores. Results are added to
-benchmark/results/update_time_{device}.json.
+Both run `update_epochs`, one epoch of --num-minibatches gradient steps of critic, actor and duals, on the
+same random data, in turn, so that a disturbance of the machine meets both. Medians over --repeats; the ratio
+is the median of the pairs' ratios. PyTorch runs as the script has it, on one thread of a CPU (and as often as
+asked with --compile); JAX takes all cores. Results are added to benchmark/results/update_time_{device}.json.
 """
 
 import dataclasses
@@ -37,30 +37,35 @@ class Options:
     compile: bool = False  # torch.compile
 
 def jax_update(options: Options, args: trudi.Args, data: list[np.ndarray]) -> Callable[[], None]:
-    """A call of trudi_mjx.py's `learn`, compiled."""
+    """A call of trudi_mjx.py's `update_epochs`, compiled."""
     rngs = trudi.nnx.Rngs(0)
-    actor, critic = (kind(args, options.observation_size, options.action_size, rngs) for kind in (trudi.Actor, trudi.Critic))
-    duals = {name: jax.numpy.log(0.01) for name in ("log_alpha", "log_lambda")}
-    moments = [o.init(p) for o, p in zip(trudi.optimizers(args), (actor, critic, duals), strict=True)]
-    agent = trudi.Agent(args, None, None, jax.sharding.Mesh(jax.devices()[:1], ("env",)))
-    learner, batch = jax.device_put((trudi.Learner(actor, critic, duals, *moments), trudi.Batch(data[0], *data)))
-    learn = jax.jit(functools.partial(trudi.learn, agent))
-    return lambda: jax.block_until_ready(learn(learner, batch, actor.step_sizes(), jax.random.PRNGKey(0)))
+    actor = trudi.Actor(args, options.observation_size, options.action_size, rngs)
+    critic = trudi.Critic(args, options.observation_size, options.action_size, rngs)
+    duals = {name: jax.numpy.log(trudi.INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
+    optimizers = trudi.make_optimizers(args)
+    opt_states = [o.init(p) for o, p in zip(optimizers, (actor, critic, duals), strict=True)]
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("env",))
+    setup = trudi.Setup(args, env=None, action_size=options.action_size, time_limit=0, mesh=mesh)
+    observation, action, latents, means, target = data
+    batch = trudi.Batch(observation, observation, action, trudi.Trajectory(latents, means), target)
+    learner, batch = jax.device_put((trudi.Learner(actor, critic, duals, *opt_states), batch))
+    update_epochs = jax.jit(functools.partial(trudi.update_epochs, setup))
+    return lambda: jax.block_until_ready(update_epochs(learner, batch, jax.random.PRNGKey(0)))
 
 def torch_update(options: Options, args: trudi_maniskill.Args, data: list[np.ndarray]) -> Callable[[], None]:
-    """A call of trudi_maniskill.py's `learn`."""
+    """A call of trudi_maniskill.py's `update_epochs`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learner = trudi_maniskill.init_learner(args, device, *[options.observation_size] * 2, options.action_size)
-    update = functools.partial(trudi_maniskill.update_minibatch, learner, args)
-    if options.compile:
-        update = torch.compile(update)
-    if options.compile and device.type == "cuda":
-        from tensordict.nn import CudaGraphModule
-        update = CudaGraphModule(update, warmup=5)
-    agent = trudi_maniskill.Agent(args, device, None, None, None, None, update)
-    batch = trudi_maniskill.Batch(*(torch.tensor(x, device=device) for x in data))
+    size = options.observation_size
+    setup = trudi_maniskill.Setup(args, device, env=None, eval_env=None, observation_size=size,
+                                  actor_sees=size, critic_sees=size, action_size=options.action_size)
+    learner = trudi_maniskill.init_learner(setup)
+    programs = trudi_maniskill.compile_programs(setup, learner)
+    observation, action, latents, means, target = (torch.tensor(x, device=device) for x in data)
+    trajectory = trudi_maniskill.Trajectory(latents, means)
+    batch = trudi_maniskill.Batch(observation, action, trajectory, target)
     def call() -> None:
-        trudi_maniskill.learn(agent, learner, batch, learner.actor.step_sizes().detach())
+        learner.old_actor.load_state_dict(learner.actor.state_dict())
+        trudi_maniskill.update_epochs(setup, programs, batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
     return call
@@ -68,8 +73,8 @@ def torch_update(options: Options, args: trudi_maniskill.Args, data: list[np.nda
 def main() -> None:
     """Time the two in turn; print a table, write JSON."""
     options = tyro.cli(Options)
-    sizes = dict(preset="cpu", hidden_dim=options.hidden_dim, minibatch_size=options.minibatch_size, num_epochs=1,
-                 num_envs=options.minibatch_size, num_steps=options.num_minibatches,
+    sizes = dict(preset="cpu", hidden_dim=options.hidden_dim, minibatch_size=options.minibatch_size,
+                 num_epochs=1, num_envs=options.minibatch_size, num_steps=options.num_minibatches,
                  total_timesteps=options.minibatch_size * options.num_minibatches, v_min=-15.0, v_max=15.0)
     rng, size = np.random.default_rng(0), sizes["total_timesteps"]
     torch.set_num_threads(1)
@@ -77,8 +82,9 @@ def main() -> None:
     shape = (size, trudi.Args.num_diffusion_steps, options.action_size)
     data = [rng.normal(size=s).astype(np.float32) for s in (
         (size, options.observation_size), (size, options.action_size), shape, shape, (size,))]
+    torch_args = trudi_maniskill.Args(**sizes, compile=options.compile)
     calls = {"JAX": jax_update(options, trudi.resolve(trudi.Args(**sizes)), data),
-             "PyTorch": torch_update(options, trudi_maniskill.resolve(trudi_maniskill.Args(**sizes)), data)}
+             "PyTorch": torch_update(options, trudi_maniskill.resolve(torch_args), data)}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(options.repeats + 2):
         for name, call in calls.items():
@@ -89,13 +95,16 @@ def main() -> None:
     ratios = [b / a for a, b in zip(seconds["JAX"], seconds["PyTorch"], strict=True)]
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else cpu_name()
-    columns = {f"{name}, ms": [1e3 * x for x in values] for name, values in seconds.items()} | {"PyTorch / JAX": ratios}
-    rows = [[name, f"{statistics.median(x):.2f}", f"{min(x):.2f} to {max(x):.2f}"] for name, x in columns.items()]
+    columns = {f"{name}, ms": [1e3 * x for x in values]
+               for name, values in seconds.items()} | {"PyTorch / JAX": ratios}
+    rows = [[name, f"{statistics.median(x):.2f}", f"{min(x):.2f} to {max(x):.2f}"]
+            for name, x in columns.items()]
     title = f"minibatch of {options.minibatch_size}, width {options.hidden_dim}, {device}"
     print(markdown_table([title, "median", "range"], rows))
     path = RESULTS / f"update_time_{'gpu' if gpu else 'cpu'}.json"
     found = json.loads(path.read_text()) if path.exists() else []
-    found.append({"provenance": provenance(), "options": vars(options), "seconds": seconds, "ratio": statistics.median(ratios)})
+    found.append({"provenance": provenance(), "options": vars(options), "seconds": seconds,
+                  "ratio": statistics.median(ratios)})
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 if __name__ == "__main__":

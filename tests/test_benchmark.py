@@ -221,7 +221,7 @@ def test_diverged_runs_are_listed_and_not_tried_again(fake, monkeypatch, capsys)
     before = logs(fake)
     monkeypatch.delenv("FAKE_DIVERGE_AT")
     assert go(fake, planned) == 1 and logs(fake) == before
-    assert "CheetahRun__trudi__1: a loss was not finite" in capsys.readouterr().out
+    assert "CheetahRun__trudi__1: a metric was not finite" in capsys.readouterr().out
 
 
 def test_other_flags_are_refused(fake, capsys):
