@@ -3,12 +3,14 @@
 import ast
 import dataclasses
 import importlib
+import io
 import itertools
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 
 import pytest
@@ -42,7 +44,7 @@ def test_every_equation_of_the_table_is_marked_where_it_says(path):
 
 
 def test_readme_has_every_erratum():
-    assert re.findall(r"^\| (E\d+) \|", (ROOT / "README.md").read_text(), re.M) == [f"E{i}" for i in range(1, 19)]
+    assert re.findall(r"^\| (E\d+) \|", (ROOT / "README.md").read_text(), re.M) == [f"E{i}" for i in range(1, 20)]
 
 
 def test_requirements_agree_with_the_scripts():
@@ -56,8 +58,10 @@ def test_requirements_agree_with_the_scripts():
     assert sorted(found) == (ROOT / "requirements.txt").read_text().splitlines()
 
 
-def test_ruff():
-    result = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
+@pytest.mark.parametrize("command", [["check", ROOT], ["format", "--check", *SCRIPTS, *BASELINES]], ids=lambda x: x[0])
+def test_ruff(command):
+    ruff = [sys.executable, "-m", "ruff", *map(str, command)]
+    result = subprocess.run(ruff, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout
 
 
@@ -85,10 +89,34 @@ def test_what_is_repeated_has_not_drifted(one, other):
     bodies = [{node.name: ast.unparse(node) for node in ast.parse(path.read_text()).body
                if isinstance(node, ast.FunctionDef | ast.ClassDef)} for path in (one, other)]
     shared = set(bodies[0]) & set(bodies[1])
-    anywhere = {"fail", "parse"}
+    anywhere = {"fail", "flag", "read_args", "parse"}
     assert anywhere <= shared
     for name in shared - {"Args", "resolve", "main"} if framework(one) == framework(other) else anywhere:
         assert bodies[0][name] == bodies[1][name], name
+
+
+def density(source):
+    """Characters a line that is not blank, and tokens a line of code, on average."""
+    lines = [line for line in source.splitlines() if line.strip()]
+    layout = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER}
+    tokens = [x for x in tokenize.generate_tokens(io.StringIO(source).readline) if x.type not in layout]
+    return sum(map(len, lines)) / len(lines), len(tokens) / len({token.start[0] for token in tokens})
+
+
+def test_density():
+    characters, tokens = density("# a comment of 22 chars\n\nx = (\n    1,\n)\n")
+    assert (characters, tokens) == ((23 + 5 + 6 + 1) / 4, 6 / 3)
+
+
+@pytest.mark.parametrize("path", SCRIPTS + BASELINES, ids=lambda path: path.name)
+def test_one_idea_a_line(path):
+    characters, tokens = density(path.read_text())
+    assert characters <= 60
+    assert tokens <= 10.5
+    assert max(map(len, path.read_text().splitlines())) <= 110
+    for node in ast.walk(ast.parse(path.read_text())):
+        several = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
+        assert not several, f"line {node.lineno} assigns several values"
 
 
 @pytest.mark.parametrize("path", SCRIPTS + BASELINES, ids=lambda path: path.name)
