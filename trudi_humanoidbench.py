@@ -229,17 +229,12 @@ MAY_CHANGE = (
 def resolve(args: Args) -> Args:
     """Fill in what depends on suite and preset; exit with code 2 on what cannot run."""
     find_module(args.env_id)
-    devices = find_devices(args.device)
     suite = "humanoidbench" if args.env_id in TASKS else "gymnasium"
     values = SUITE[suite] | PRESET[args.preset]
     values |= {name: value for name, value in vars(args).items() if value is not None}
-    args = dataclasses.replace(args, **values)
-    check_numbers(args)
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
-    args = dataclasses.replace(args, batch_size=batch_size, num_iterations=num_iterations)
-    check_batches(args, devices)
-    return args
+    values["batch_size"] = values["num_envs"] * values["num_steps"]
+    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
+    return dataclasses.replace(args, **values)
 
 
 def find_module(env_id: str) -> str:
@@ -289,6 +284,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def check_args(args: Args) -> None:
+    """Exit with code 2 on flags with which no run can be made."""
+    check_numbers(args)
+    check_sizes(args)
+
+
 def check_numbers(args: Args) -> None:
     """Exit with code 2 on a number out of its range."""
     for name in POSITIVE:
@@ -309,20 +310,22 @@ def check_numbers(args: Args) -> None:
         fail(f"the critic needs --num-atoms > 1, not {args.num_atoms}")
 
 
-def check_batches(args: Args, devices: list[jax.Device]) -> None:
+def check_sizes(args: Args) -> None:
     """Exit with code 2 on sizes that do not fill an iteration or do not go on the devices."""
     if args.num_iterations == 0:
         fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
     if args.batch_size % args.minibatch_size:
         sizes = f"--num-envs x --num-steps = {args.batch_size}"
         fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
+    devices = find_devices(args.device)
     if args.num_devices > len(devices):
         advice = f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more on a CPU"
         fail(f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here; {advice}")
+    num_devices = args.num_devices * jax.process_count()
     for name in ("num_envs", "minibatch_size", "num_eval_envs"):
         value = getattr(args, name)
-        if value % args.num_devices:
-            fail(f"{flag(name)} {value} does not divide over {args.num_devices} devices")
+        if value % num_devices:
+            fail(f"{flag(name)} {value} does not divide over {num_devices} devices")
 
 
 # ---------------------------------------------------------------------------------------------- environments
@@ -1282,12 +1285,15 @@ def parse() -> Args:
     args = tyro.cli(Args)
     run = args.resume or args.evaluate
     if not run:
-        return resolve(args)
+        args = resolve(args)
+        check_args(args)
+        return args
     own = read_args(run)
     args = resolve(tyro.cli(Args, default=own))
     for name, value in vars(own).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
+    check_args(args)
     return args
 
 

@@ -204,13 +204,9 @@ def resolve(args: Args) -> Args:
     check_simulator(args.env_id)
     values = dict(PRESET[args.preset])
     values |= {name: value for name, value in vars(args).items() if value is not None}
-    args = dataclasses.replace(args, **values)
-    check_numbers(args)
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
-    args = dataclasses.replace(args, batch_size=batch_size, num_iterations=num_iterations)
-    check_sizes(args)
-    return args
+    values["batch_size"] = values["num_envs"] * values["num_steps"]
+    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
+    return dataclasses.replace(args, **values)
 
 
 # ----------------------------------------------------------------------------------- validation of arguments
@@ -252,6 +248,12 @@ def fail(message: str) -> None:
 def flag(name: str) -> str:
     """A field of Args as it is written on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def check_args(args: Args) -> None:
+    """Exit with code 2 on flags with which no run can be made."""
+    check_numbers(args)
+    check_sizes(args)
 
 
 def check_numbers(args: Args) -> None:
@@ -306,12 +308,15 @@ def parse() -> Args:
     args = tyro.cli(Args)
     run = args.resume or args.evaluate
     if not run:
-        return resolve(args)
+        args = resolve(args)
+        check_args(args)
+        return args
     own = read_args(run)
     args = resolve(tyro.cli(Args, default=own))
     for name, value in vars(own).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
+    check_args(args)
     return args
 
 

@@ -214,6 +214,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     starts = measure_starts(options) if options.starts else {}
     args = trudi.resolve(options.training_args())
+    trudi.check_args(args)
     setup = trudi.make_setup(args)
     keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
     program, state, compile_seconds = compile_iteration(setup, keys)

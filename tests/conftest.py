@@ -5,4 +5,5 @@ import pathlib
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what tests do
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))

@@ -16,7 +16,9 @@ SIGMA = 2.5  # the prior's standard deviation
 def small_args(**changes):
     """Resolved arguments of a run of toy size."""
     sizes = dict(num_envs=16, num_steps=8, minibatch_size=64, hidden_dim=16, num_eval_envs=4, total_timesteps=1280)
-    return trudi.resolve(trudi.Args(**{"preset": "cpu", **sizes, **changes}))
+    args = trudi.resolve(trudi.Args(**{"preset": "cpu", **sizes, **changes}))
+    trudi.check_args(args)
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------- actors

@@ -49,7 +49,9 @@ def script_of(name):
 
 
 def small_args(script, **changes):
-    return script.resolve(script.Args(**{**SIZES, **changes}))
+    args = script.resolve(script.Args(**{**SIZES, **changes}))
+    script.check_args(args)
+    return args
 
 
 def normals(seed, *shape):

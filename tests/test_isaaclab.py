@@ -99,7 +99,9 @@ class Fake:
 
 
 def small_args(**changes):
-    return trudi.resolve(trudi.Args(**{**SIZES, "env_id": "Mjlab-Cartpole-Balance", **changes}))
+    args = trudi.resolve(trudi.Args(**{**SIZES, "env_id": "Mjlab-Cartpole-Balance", **changes}))
+    trudi.check_args(args)
+    return args
 
 
 def prepared(env, **changes):

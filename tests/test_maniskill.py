@@ -51,7 +51,9 @@ def materials():
 
 
 def small_args(**changes):
-    return trudi.resolve(trudi.Args(**{**SIZES, **changes}))
+    args = trudi.resolve(trudi.Args(**{**SIZES, **changes}))
+    trudi.check_args(args)
+    return args
 
 
 # ----------------------------------------------------------------------------------------------- environments

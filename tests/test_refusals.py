@@ -56,9 +56,9 @@ def flag(name):
     dict(v_min=NAN), dict(num_atoms=1), dict(total_timesteps=100), dict(minibatch_size=96), dict(env_id="Cartpole"),
     dict(num_devices=2)], ids=str)
 def test_values(changes, capsys):
-    trudi.resolve(trudi.Args(**SIZES))  # fine as it is
+    trudi.check_args(trudi.resolve(trudi.Args(**SIZES)))  # fine as it is
     with pytest.raises(SystemExit) as stop:
-        trudi.resolve(trudi.Args(**{**SIZES, **changes}))
+        trudi.check_args(trudi.resolve(trudi.Args(**{**SIZES, **changes})))
     line = refusal(stop.value.code, capsys.readouterr().err)
     assert any(flag(name) in line for name in changes) or changes in ({"minibatch_size": 96},)
 
@@ -67,10 +67,10 @@ def test_values(changes, capsys):
                                      dict(impl="warp")], ids=str)
 def test_what_does_not_go_on_two_devices(changes, capsys, monkeypatch):
     devices = trudi.jax.local_devices() * 2
-    monkeypatch.setattr(trudi.jax, "local_devices", lambda backend: devices)
-    trudi.resolve(trudi.Args(**SIZES, num_devices=2))
+    monkeypatch.setattr(trudi.jax, "local_devices", lambda backend=None: devices)
+    trudi.check_args(trudi.resolve(trudi.Args(**SIZES, num_devices=2)))
     with pytest.raises(SystemExit) as stop:
-        trudi.resolve(trudi.Args(**{**SIZES, **changes}, num_devices=2))
+        trudi.check_args(trudi.resolve(trudi.Args(**{**SIZES, **changes}, num_devices=2)))
     line = refusal(stop.value.code, capsys.readouterr().err)
     assert any(flag(name) in line for name in changes) or "--num-envs x --num-steps" in line
 

@@ -212,15 +212,13 @@ def resolve(args: Args) -> Args:
     devices = find_devices(args.device)
     suite = find_suite(args.env_id)
     values = SUITE[suite] | PRESET[args.preset]
-    values["impl"] = "warp" if devices[0].platform == "gpu" else "jax"
     values |= {name: value for name, value in vars(args).items() if value is not None}
+    values["impl"] = find_impl(args, devices)
     values["env_config"] = merge_config(args)
     values["batch_size"] = values["num_envs"] * values["num_steps"]
     values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
     values.setdefault("checkpoint_interval", values["eval_interval"])
-    args = dataclasses.replace(args, **values)
-    check_args(args, devices)
-    return args
+    return dataclasses.replace(args, **values)
 
 
 def find_suite(env_id: str) -> str:
@@ -263,6 +261,14 @@ def parse_config(text: str) -> dict[str, Any]:
         return {key: json.loads(value)}
     except ValueError:
         return {key: value}
+
+
+def find_impl(args: Args, devices: list[jax.Device]) -> str:
+    """--impl, or what suits the device; exits with code 2 if it cannot do what is asked of it."""
+    impl = args.impl or ("warp" if devices[0].platform == "gpu" else "jax")
+    if impl == "warp" and args.num_devices * jax.process_count() > 1:
+        fail("--impl warp trains on one device only; use --impl jax")
+    return impl
 
 
 def find_devices(device: str) -> list[jax.Device]:
@@ -861,10 +867,10 @@ POSITIVE = (
 ).split()
 
 
-def check_args(args: Args, devices: list[jax.Device]) -> None:
+def check_args(args: Args) -> None:
     """Exit with code 2 on flags with which no run can be made."""
     check_numbers(args)
-    check_sizes(args, devices)
+    check_sizes(args)
 
 
 def check_numbers(args: Args) -> None:
@@ -881,19 +887,18 @@ def check_numbers(args: Args) -> None:
         fail(f"--gae-lambda must lie in [0, 1], not be {args.gae_lambda}")
 
 
-def check_sizes(args: Args, devices: list[jax.Device]) -> None:
+def check_sizes(args: Args) -> None:
     """Exit with code 2 on sizes that do not fill an iteration or do not go on the devices."""
     if args.num_iterations == 0:
         fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
     if args.batch_size % args.minibatch_size:
         sizes = f"--num-envs x --num-steps = {args.batch_size}"
         fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
+    devices = find_devices(args.device)
     if args.num_devices > len(devices):
         advice = f"XLA_FLAGS=--xla_force_host_platform_device_count={args.num_devices} makes more on a CPU"
         fail(f"--num-devices {args.num_devices}, but JAX finds {len(devices)} here; {advice}")
     num_devices = args.num_devices * jax.process_count()
-    if args.impl == "warp" and num_devices > 1:
-        fail("--impl warp trains on one device only; use --impl jax")
     for name in ("num_envs", "minibatch_size", "num_eval_envs"):
         value = getattr(args, name)
         if value % num_devices:
@@ -1015,12 +1020,15 @@ def parse() -> Args:
     args = tyro.cli(Args)
     run = args.resume or args.evaluate
     if not run:
-        return resolve(args)
+        args = resolve(args)
+        check_args(args)
+        return args
     own = read_args(run)
     args = resolve(tyro.cli(Args, default=own))
     for name, value in vars(own).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
+    check_args(args)
     return args
 
 
