@@ -5,6 +5,7 @@
 #     "imageio-ffmpeg>=0.5",
 #     "jax>=0.10",
 #     "mediapy>=1.2",
+#     "mjbatch==0.1.0",
 #     "mujoco-mjx[warp]>=3.3",
 #     "optax>=0.2.5",
 #     "orbax-checkpoint>=0.11.20",
@@ -46,8 +47,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
 
@@ -73,6 +75,8 @@ DMC = (
 ).split()
 HUMANOID = "G1JoystickFlatTerrain G1JoystickRoughTerrain T1JoystickFlatTerrain T1JoystickRoughTerrain".split()
 SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
 PAPER = dict(  # Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches
@@ -122,8 +126,8 @@ class Args:
     """independent runs trained side by side in this process"""
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Tables 4 and 5, or small ones for two CPU cores"""
-    impl: Literal["jax", "warp"] | None = None
-    """simulator, MJX or MuJoCo Warp; default: warp on a GPU, jax elsewhere"""
+    impl: Literal["jax", "warp", "mujoco"] | None = None
+    """simulator: MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, else mujoco for the humanoids"""
     log_dir: str = "runs"
     """parent of the run folders"""
 
@@ -158,6 +162,8 @@ class Args:
     # What may differ when a run is continued or evaluated; MAY_CHANGE lists it
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """where to run; gpu fails where there is none"""
+    num_workers: int | None = None
+    """threads of --impl mujoco; default: one for each core that this process may use"""
     num_devices: int = 1
     """local devices over which the environments are sharded"""
     compilation_cache_dir: str = "~/.cache/trudi_jax"
@@ -212,7 +218,8 @@ def resolve(args: Args) -> Args:
     suite = find_suite(args.env_id)
     values = SUITE[suite] | PRESET[args.preset]
     values |= {name: value for name, value in vars(args).items() if value is not None}
-    values["impl"] = find_impl(args, devices)
+    values["impl"] = find_impl(args, suite, devices)
+    values.setdefault("num_workers", num_cores())
     values["env_config"] = merge_config(args)
     values["batch_size"] = values["num_envs"] * values["num_steps"]
     values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
@@ -262,12 +269,24 @@ def parse_config(text: str) -> dict[str, Any]:
         return {key: value}
 
 
-def find_impl(args: Args, devices: list[jax.Device]) -> str:
-    """--impl, or what suits the device; exits with code 2 if it cannot do what is asked of it."""
-    impl = args.impl or ("warp" if devices[0].platform == "gpu" else "jax")
-    if impl == "warp" and args.num_devices * jax.process_count() > 1:
-        fail("--impl warp trains on one device only; use --impl jax")
+def find_impl(args: Args, suite: str, devices: list[jax.Device]) -> str:
+    """The simulator, --impl or the fastest; exits with code 2 if it cannot do what is asked of it."""
+    impl = args.impl or ("warp" if devices[0].platform == "gpu" else CPU_IMPL[suite])
+    if impl != "jax" and args.num_devices * jax.process_count() > 1:
+        fail(f"--impl {impl} trains on one device only; use --impl jax")
+    if impl == "mujoco":
+        try:
+            import_module("mjbatch")
+        except ImportError as error:  # also where it was built for another MuJoCo
+            fail(f"--impl mujoco needs mjbatch ({error}); pip install {MJBATCH}, or use --impl jax")
     return impl
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than there are under taskset or SLURM."""
+    if hasattr(os, "sched_getaffinity"):  # macOS lacks it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def find_devices(device: str) -> list[jax.Device]:
@@ -363,11 +382,13 @@ def make_setup(args: Args) -> Setup:
         near = difflib.get_close_matches(key, known, 3, 0.4) or sorted(known)[:3]
         fail(f"--env-config {key}: {args.env_id} has no such setting; the nearest are {', '.join(near)}")
     if "impl" in known:
-        overrides["impl"] = args.impl
+        overrides["impl"] = "jax" if args.impl == "mujoco" else args.impl
     try:
         env = task(config=config, config_overrides=overrides)
     except (TypeError, ValueError, OSError, subprocess.CalledProcessError) as error:
         fail(f"{args.env_id} cannot be made with {overrides} ({error})")
+    if args.impl == "mujoco":
+        use_mujoco(env, args)
     time_limit = args.episode_length or config.get("episode_length")
     if not time_limit:
         fail(f"{args.env_id} has no episode_length; give it with --episode-length")
@@ -454,6 +475,108 @@ def refill_starts(setup: Setup, env_state: EnvState, key: Array) -> EnvState:
         return jnp.concatenate([queue[count:], new])
 
     return env_state._replace(starts=jax.tree.map(shift, env_state.starts, new))
+
+
+# -------------------------------------------------------------------------------- MuJoCo's engine on CPU cores
+# For --impl mujoco; a copy can do without it and the call of `use_mujoco`.
+# All that a step depends on: what MuJoCo counts as a simulation's state and inputs.
+MUJOCO_INPUTS = (
+    "time qpos qvel act history qacc_warmstart ctrl qfrc_applied xfrc_applied eq_active mocap_pos mocap_quat "
+    "userdata"
+).split()
+
+
+class MujocoEngine:
+    """Steps simulations of a model on CPU threads. A pure function of MUJOCO_INPUTS, so runs repeat exactly."""
+
+    def __init__(self, model: Any, num_threads: int):
+        self.model = model
+        self.num_threads = num_threads
+        self.batches: dict[int, Any] = {}  # by the number of their simulations
+        self.lock = threading.Lock()  # a compiled program may make two calls at once
+
+    def find_batch(self, size: int, names: Iterable[str]) -> Any:
+        """The batch with so many simulations."""
+        if size not in self.batches:
+            batch = import_module("mjbatch").Batch(self.model, size, self.num_threads)
+            for name in (*names, "warning"):
+                batch.bind(name)  # what is bound later is not filled by the first step
+            self.batches[size] = batch
+        return self.batches[size]
+
+    def simulate(
+        self, num_steps: int, fields: dict[str, Any], inputs: dict[str, Array]
+    ) -> dict[str, np.ndarray]:
+        """Fields after so many steps, 0: those of this state. Inputs (..., .) of simulations, as are outputs."""
+        axes = np.shape(inputs["time"])
+        outputs = {}
+        with self.lock:
+            batch = self.find_batch(math.prod(axes), fields)
+            for name, value in inputs.items():
+                field = batch.bind(name)
+                field[:] = np.reshape(value, field.shape)
+            if num_steps:
+                batch.step(nstep=num_steps)
+            else:
+                batch.forward()
+            diverged = self.find_diverged(batch)
+            for name, like in fields.items():
+                field = batch.bind(name).astype(like.dtype)
+                if name in ("qpos", "qvel"):
+                    field[diverged] = np.nan  # by which Playground ends an episode
+                outputs[name] = field.reshape(axes + like.shape)
+        return outputs
+
+    def find_diverged(self, batch: Any) -> np.ndarray:
+        """Which simulations of a batch MuJoCo found unstable and started anew, since the last call."""
+        kinds = import_module("mujoco").mjtWarning
+        bad = [int(kind) for kind in (kinds.mjWARN_BADQPOS, kinds.mjWARN_BADQVEL, kinds.mjWARN_BADQACC)]
+        counts = batch.bind("warning")[..., 1]
+        diverged = counts[:, bad].any(1)
+        counts[:] = 0
+        return diverged
+
+    def advance(self, data: Any, num_steps: int) -> Any:
+        """MJX's Data after so many steps, without contacts and constraints, which no task of Playground reads."""
+        fields = {}
+        for field in dataclasses.fields(data):
+            if field.name != "_impl":
+                value = getattr(data, field.name)
+                fields[field.name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        inputs = {name: getattr(data, name) for name in MUJOCO_INPUTS}
+        call = functools.partial(self.simulate, num_steps, fields)
+        new = jax.pure_callback(call, fields, inputs, vmap_method="broadcast_all")
+        return data.replace(_impl=None, **new)
+
+
+def use_mujoco(env: Any, args: Args) -> None:
+    """Let a task step with MuJoCo's engine: it replaces the two functions through which tasks call MJX.
+
+    Exits with code 2 if the task reads what the engine does not return.
+    """
+    mjx = import_module("mujoco.mjx")
+    mjx_env = import_module("mujoco_playground._src.mjx_env")
+    mjx_forward = mjx.forward
+    mjx_step = mjx_env.step
+
+    def forward(model: Any, data: Any) -> Any:
+        if model is not env.mjx_model:  # of another task in this process
+            return mjx_forward(model, data)
+        return engine.advance(data, 0)
+
+    def step(model: Any, data: Any, action: Array, n_substeps: int = 1) -> Any:
+        if model is not env.mjx_model:
+            return mjx_step(model, data, action, n_substeps)
+        return engine.advance(data.replace(ctrl=action), n_substeps)
+
+    mjx.forward = forward
+    mjx_env.step = step
+    try:
+        engine = MujocoEngine(env.mj_model, args.num_workers)
+        sim = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+        jax.eval_shape(env.step, sim, jnp.zeros(env.action_size))
+    except (AttributeError, KeyError) as error:
+        fail(f"--impl mujoco cannot simulate {args.env_id} ({error}); use --impl jax")
 
 
 # ---------------------------------------------------------------------------------------------- observations
@@ -839,29 +962,61 @@ def evaluation_action(setup: Setup, learner: Learner, inputs: Inputs, key: Array
     return sample.mean if setup.args.eval_mode == "mode" else sample.action
 
 
-def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, tuple]:
-    """An episode in each environment: metrics and, for a video, the first one's poses and `alive` (T, .)."""
+class Evaluation(NamedTuple):
+    """E episodes that have begun together."""
+
+    sim: Any  # Playground's states
+    time: Array  # steps so far
+    alive: Array  # (E,)
+    total: Array  # (E,), rewards so far
+    length: Array  # (E,), steps so far
+    film: Any  # with --capture-video the first one's poses (T, .)
+
+
+def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
+    """An episode in each environment: metrics, and the first one's poses (T, .), for a video, and length."""
     num_envs = setup.args.num_eval_envs
     reset_key, action_key = jax.random.split(jax.random.fold_in(state.key, 2**31))  # training folds in none
+    action_keys = jax.random.split(action_key, setup.time_limit)
 
-    def step(carry: tuple, key: Array) -> tuple[tuple, tuple]:
-        sim, alive, total, length = carry
-        inputs = network_inputs(normalize(state.statistics, sim.obs))
-        action = evaluation_action(setup, state.learner, inputs, key)
-        sim = over_envs(setup, setup.env.step, sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
-        total = total + jnp.where(alive, sim.reward, 0)
-        frame = (first_pose(sim), alive[0]) if setup.args.capture_video else ()
-        return (sim, alive & (sim.done == 0), total, length + alive), frame
+    def step(now: Evaluation) -> Evaluation:
+        inputs = network_inputs(normalize(state.statistics, now.sim.obs))
+        action = evaluation_action(setup, state.learner, inputs, action_keys[now.time])
+        sim = over_envs(setup, setup.env.step, now.sim, jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT))
+        film = now.film
+        if setup.args.capture_video:
+            film = jax.tree.map(lambda film, x: film.at[now.time].set(x), film, first_pose(sim))
+        return Evaluation(
+            sim=sim,
+            time=now.time + 1,
+            alive=now.alive & (sim.done == 0),
+            total=now.total + jnp.where(now.alive, sim.reward, 0),
+            length=now.length + now.alive,
+            film=film,
+        )
+
+    def goes_on(now: Evaluation) -> Array:
+        return now.alive.any() & (now.time < setup.time_limit)
 
     sim = over_envs(setup, setup.env.reset, jax.random.split(reset_key, num_envs))
-    start = (sim, jnp.ones(num_envs, bool), jnp.zeros(num_envs), jnp.zeros(num_envs))
-    (_, _, total, length), frames = jax.lax.scan(step, start, jax.random.split(action_key, setup.time_limit))
+    film = ()
+    if setup.args.capture_video:
+        film = jax.tree.map(lambda x: jnp.zeros((setup.time_limit, *x.shape)), first_pose(sim))
+    start = Evaluation(
+        sim=sim,
+        time=jnp.zeros((), int),
+        alive=jnp.ones(num_envs, bool),
+        total=jnp.zeros(num_envs),
+        length=jnp.zeros(num_envs),
+        film=film,
+    )
+    end = jax.lax.while_loop(goes_on, step, start)
     metrics = {
-        "eval/episodic_return": total.mean(),
-        "eval/episodic_return_std": total.std(),
-        "eval/episodic_length": length.mean(),
+        "eval/episodic_return": end.total.mean(),
+        "eval/episodic_return_std": end.total.std(),
+        "eval/episodic_length": end.length.mean(),
     }
-    return metrics, frames
+    return metrics, (end.film, end.length[0])
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
@@ -869,7 +1024,7 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, tuple]:
 # calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate desired_kl "
-    "max_grad_norm hidden_dim epsilon num_devices total_timesteps eval_interval num_eval_envs "
+    "max_grad_norm hidden_dim epsilon num_workers num_devices total_timesteps eval_interval num_eval_envs "
     "checkpoint_interval"
 ).split()
 
@@ -946,11 +1101,11 @@ def write_video(setup: Setup, frames: tuple, path: pathlib.Path) -> None:
     class Frame(NamedTuple):
         data: Pose
 
-    poses, alive = frames
+    poses, length = frames
     mediapy = import_module("mediapy")
     mediapy.set_ffmpeg(import_module("imageio_ffmpeg").get_ffmpeg_exe())
     stride = math.ceil(1 / (30 * setup.env.dt))
-    times = range(0, int(alive[0].sum()), stride)
+    times = range(0, int(length[0]), stride)
     drawn = [Frame(Pose(*(x[0, t] for x in poses))) for t in times]
     path.parent.mkdir(exist_ok=True)
     mediapy.write_video(path, setup.env.render(drawn), fps=1 / (stride * setup.env.dt))
@@ -1004,9 +1159,9 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 
 MAY_CHANGE = (
-    "device num_devices compilation_cache_dir total_timesteps eval_mode eval_interval num_eval_envs "
-    "checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate batch_size "
-    "num_iterations"
+    "device num_workers num_devices compilation_cache_dir total_timesteps eval_mode eval_interval "
+    "num_eval_envs checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate "
+    "batch_size num_iterations"
 ).split()
 
 

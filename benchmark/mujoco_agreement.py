@@ -1,0 +1,173 @@
+"""Does `--impl mujoco` compute what MJX computes? All tasks, the same random actions from the same states.
+
+    python benchmark/mujoco_agreement.py [--tasks CheetahRun WalkerRun]
+
+For each task: the largest difference of observations and of rewards
+
+* after one step: each of 50 steps is begun by both from the state that MJX had, so that nothing adds up;
+* over 50 steps: each goes its own way, and whatever is chaotic in a task multiplies rounding errors;
+
+both as the task is, and with solvers that may iterate until they converge (100 iterations, 50 of the line
+search), if they did not agree within the tolerance. Where they still do not, or where Playground stops the
+solver early, statistics decide: return and length of episodes of random actions, with standard errors. A task
+passes if one of the first two is within the tolerance, or return and length are within three standard errors
+of the difference. Results go to benchmark/results/mujoco_agreement.json and .md; the exit code is 1 if a
+task does not pass.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from common import RESULTS, cpu_name, markdown_table, trudi, write_json
+from mujoco import mjx
+
+STEPS = 50
+TOLERANCE = 2e-3  # of observations relative to 1 + their size, and of rewards
+CONVERGED = dict(iterations=100, ls_iterations=50)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare --impl mujoco with MJX."""
+
+    tasks: tuple[str, ...] = (*trudi.DMC, *trudi.HUMANOID)
+    num_envs: int = 4  # simulations of the comparison step by step
+    episodes: int = 64  # of the statistics
+    episode_steps: int = 100  # at most in each of them
+    output: str = str(RESULTS / "mujoco_agreement")  # results, without .json and .md
+
+
+def make(env_id: str, impl: str, solver: dict[str, int]) -> trudi.Setup:
+    """A task, with other settings of the solver if they are given."""
+    args = trudi.resolve(trudi.Args(env_id=env_id, preset="cpu", impl="jax"))
+    setup = trudi.make_setup(args)
+    if solver:
+        for name, value in solver.items():
+            setattr(setup.env.mj_model.opt, name, value)
+        setup.env._mjx_model = mjx.put_model(setup.env.mj_model, impl="jax")
+    if impl == "mujoco":
+        trudi.use_mujoco(setup.env, args)
+    return setup
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest, relative to 1 + size."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return max(float(np.max(np.abs(a - b) / (1 + np.abs(b)))) for a, b in pairs)
+
+
+def start(setup: trudi.Setup, num_envs: int) -> Any:
+    """Playground's states after resets, the same for both simulators."""
+    reset = jax.jit(lambda keys: trudi.over_envs(setup, setup.env.reset, keys))
+    return reset(jax.random.split(jax.random.PRNGKey(0), num_envs))
+
+
+def compare_steps(env_id: str, num_envs: int, solver: dict[str, int]) -> dict[str, float]:
+    """Differences of observations and rewards, after one step and over all of them."""
+    mujoco, other = (make(env_id, impl, solver) for impl in ("mujoco", "jax"))
+    step_mujoco, step_other = (jax.jit(jax.vmap(setup.env.step)) for setup in (mujoco, other))
+    sim, truth = start(mujoco, num_envs), start(other, num_envs)
+    found = {"reset": difference(sim.obs, truth.obs)}
+    for t in range(STEPS):
+        shape = (num_envs, mujoco.action_size)
+        action = jax.random.uniform(jax.random.PRNGKey(t), shape, minval=-1, maxval=1)
+        beside = truth.replace(data=truth.data.replace(_impl=None))  # the state that MJX has
+        beside = step_mujoco(beside, action)
+        sim = step_mujoco(sim, action)
+        truth = step_other(truth, action)
+        for name, mine in (("one step", beside), ("50 steps", sim)):
+            for what in ("obs", "reward"):
+                new = difference(getattr(mine, what), getattr(truth, what))
+                found[f"{name}, {what}"] = max(new, found.get(f"{name}, {what}", 0.0))
+    return found
+
+
+def episodes(setup: trudi.Setup, options: Options) -> dict[str, np.ndarray]:
+    """Returns and lengths of episodes of random actions."""
+    shape = (options.episodes, setup.action_size)
+
+    def step(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
+        sim, alive, total, length = carry
+        sim = trudi.over_envs(setup, setup.env.step, sim, jax.random.uniform(key, shape, minval=-1, maxval=1))
+        total = total + jnp.where(alive, sim.reward, 0)
+        return (sim, alive & (sim.done == 0), total, length + alive), None
+
+    first = (start(setup, options.episodes), jnp.ones(options.episodes, bool), jnp.zeros(options.episodes),
+             jnp.zeros(options.episodes))
+    keys = jax.random.split(jax.random.PRNGKey(1), options.episode_steps)
+    (_, _, total, length), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(first)
+    return {"return": np.asarray(total), "length": np.asarray(length)}
+
+
+def compare_episodes(env_id: str, options: Options) -> dict[str, list[float]]:
+    """Mean and standard error of both simulators' returns and lengths, as the task is."""
+    found = {}
+    for impl in ("mujoco", "jax"):
+        for name, x in episodes(make(env_id, impl, {}), options).items():
+            found[f"{name}, {impl}"] = [float(x.mean()), float(x.std(ddof=1) / len(x) ** 0.5)]
+    return found
+
+
+def agree(found: dict[str, list[float]], name: str) -> bool:
+    """Whether two means differ by at most three standard errors of their difference."""
+    (a, error_a), (b, error_b) = found[f"{name}, mujoco"], found[f"{name}, jax"]
+    return abs(a - b) <= 3 * (error_a**2 + error_b**2) ** 0.5 + 1e-6
+
+
+def within(found: dict[str, float]) -> bool:
+    """Whether both go the same way, or would if no error added up."""
+    return any(all(found[f"{name}, {what}"] <= TOLERANCE for what in ("obs", "reward"))
+               for name in ("50 steps", "one step"))
+
+
+def compare(env_id: str, options: Options) -> dict[str, Any]:
+    """All of a task's comparisons, as far as they are needed."""
+    result: dict[str, Any] = {"task": env_id, "as it is": compare_steps(env_id, options.num_envs, {})}
+    if not within(result["as it is"]):
+        result["converged"] = compare_steps(env_id, options.num_envs, CONVERGED)
+        result["episodes"] = compare_episodes(env_id, options)
+    result["passes"] = within(result["as it is"]) or (
+        within(result["converged"]) and all(agree(result["episodes"], x) for x in ("return", "length")))
+    return result
+
+
+def as_markdown(results: list[dict[str, Any]]) -> str:
+    """The table of all tasks."""
+    rows = []
+    for result in results:
+        row = [result["task"]]
+        for kind in ("as it is", "converged"):
+            found = result.get(kind, {})
+            for name in ("one step", "50 steps"):
+                both = [found.get(f"{name}, {what}") for what in ("obs", "reward")]
+                row.append("" if both[0] is None else " / ".join(f"{x:.0e}" for x in both))
+        for name in ("return", "length"):
+            both = [result.get("episodes", {}).get(f"{name}, {impl}") for impl in ("mujoco", "jax")]
+            row.append("" if both[0] is None else " and ".join(f"{x:.2f} ± {e:.2f}" for x, e in both))
+        rows.append((*row, "yes" if result["passes"] else "no"))
+    return markdown_table(("task", "one step: observations / rewards", "50 steps", "one step, converged",
+                           "50 steps, converged", "return, MuJoCo and MJX", "length", "agrees"), rows)
+
+
+def main() -> None:
+    """Compare the tasks one after another, writing the results as they come."""
+    options, results = tyro.cli(Options), []
+    for env_id in options.tasks:
+        results.append(compare(env_id, options))
+        print(json.dumps(results[-1]), flush=True)
+        shown = {name: value for name, value in vars(options).items() if name != "output"}
+        write_json(RESULTS.parent / f"{options.output}.json", {"options": shown, "tasks": results})
+        text = as_markdown(results) + f"\nOn {cpu_name()}, {options.num_envs} simulations of each task.\n"
+        (RESULTS.parent / f"{options.output}.md").write_text(text)
+    print(text)
+    sys.exit(not all(result["passes"] for result in results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""--impl mujoco: MuJoCo's own engine in place of MJX, against MJX and against itself."""
+
+import json
+import pathlib
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import small_args
+from test_runs import Runner, curve
+
+import trudi_mjx as trudi
+
+pytest.importorskip("mjbatch")
+TESTS = pathlib.Path(__file__).parent
+E = 8
+
+
+def made(env_id, impl="mujoco", **changes):
+    return trudi.make_setup(small_args(env_id=env_id, impl=impl, **changes))
+
+
+def played(setup, steps):
+    """Observations (T, E, .) and rewards (T, E) of random actions, from given seeds."""
+    def step(sim, key):
+        sim = trudi.over_envs(setup, setup.env.step, sim, jax.random.uniform(key, (E, setup.action_size), minval=-1))
+        return sim, (sim.obs, sim.reward)
+
+    def play(key):
+        sim = trudi.over_envs(setup, setup.env.reset, jax.random.split(key, E))
+        _, (observation, reward) = jax.lax.scan(step, sim, jax.random.split(key, steps))
+        return observation, reward
+
+    return jax.tree.map(np.asarray, jax.jit(play)(jax.random.PRNGKey(3)))
+
+
+# ---------------------------------------------------------------------------------------------------- agreement
+@pytest.mark.parametrize("env_id", ["CartpoleSwingup", "ReacherEasy", "FingerSpin"])
+def test_it_computes_what_mjx_computes(env_id):
+    """FingerSpin has contacts, a fluid and implicit integration, Reacher a target that only resets place."""
+    observation, reward = played(made(env_id), 50)
+    observation_mjx, reward_mjx = played(made(env_id, "jax"), 50)
+    assert observation.std() > 0.1
+    np.testing.assert_allclose(observation, observation_mjx, atol=2e-3)
+    np.testing.assert_allclose(reward, reward_mjx, atol=2e-3)
+
+
+def test_only_its_own_task_is_stepped_by_it():
+    """Another task of the same process, made before or after, has MJX, with contacts and constraints."""
+    before = made("PendulumSwingup", "jax")
+    own = made("PendulumSwingup")
+    after = made("PendulumSwingup", "jax")
+    for setup, has in ((before, True), (own, False), (after, True)):
+        sim = jax.jit(setup.env.reset)(jax.random.PRNGKey(0))
+        sim = jax.jit(setup.env.step)(sim, jnp.ones(1))
+        assert (sim.data._impl is not None) == has
+
+
+# --------------------------------------------------------------------------------------------------- repetition
+@pytest.fixture(scope="module")
+def cheetah():
+    """A setup, its compiled step, and states in the middle of a fall."""
+    setup = made("CheetahRun", num_workers=2)
+    step = jax.jit(jax.vmap(setup.env.step))
+    sim = jax.jit(jax.vmap(setup.env.reset))(jax.random.split(jax.random.PRNGKey(0), E))
+    for _ in range(3):
+        sim = step(sim, jnp.full((E, setup.action_size), 0.5))
+    return setup, step, sim
+
+
+def assert_same(a, b):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_step_depends_on_nothing_but_its_state(cheetah):
+    """Not on what was simulated before, nor on the number of threads, nor on the neighbours; so resumed runs are exact."""
+    setup, step, sim = cheetah
+    action = jnp.full((E, setup.action_size), -0.3)
+    first = step(sim, action)
+    step(first, -action)
+    assert_same(step(sim, action), first)
+    other = made("CheetahRun", num_workers=1)
+    assert_same(jax.jit(jax.vmap(other.env.step))(sim, action), first)
+    half = jax.tree.map(lambda x: x[: E // 2], (sim, action))
+    assert_same(step(*half), jax.tree.map(lambda x: x[: E // 2], first))
+    assert_same(jax.jit(setup.env.step)(*jax.tree.map(lambda x: x[2], (sim, action))), jax.tree.map(lambda x: x[2], first))
+
+
+def test_the_first_call_of_a_batch_fills_everything(cheetah):
+    setup, _, sim = cheetah
+    for size in (5, 6):
+        some = jax.tree.map(lambda x, size=size: x[:size], sim)
+        after = jax.jit(jax.vmap(setup.env.step))(some, jnp.zeros((size, setup.action_size)))
+        assert np.abs(after.data.xpos - some.data.xpos).max() < 0.5 and np.abs(after.data.xpos).max() > 0.1
+
+
+def test_seeds_in_front(cheetah):
+    setup, step, sim = cheetah
+    action = jnp.full((E, setup.action_size), 0.2)
+    two = jax.tree.map(lambda x: x.reshape(2, E // 2, *x.shape[1:]), (sim, action))
+    after = jax.jit(jax.vmap(jax.vmap(setup.env.step)))(*two)
+    assert_same(jax.tree.map(lambda x: x.reshape(E, *x.shape[2:]), after), step(sim, action))
+
+
+# ------------------------------------------------------------------------------------------------------- faults
+@pytest.mark.parametrize("speed", [1e8, np.nan])
+def test_a_simulation_that_diverges_ends_alone(cheetah, speed):
+    setup, step, sim = cheetah
+    action = jnp.zeros((E, setup.action_size))
+    spoilt = sim.replace(data=sim.data.replace(qvel=sim.data.qvel.at[3].set(speed)))
+    after = jax.jit(lambda sim: trudi.over_envs(setup, setup.env.step, sim, action))(spoilt)
+    assert np.flatnonzero(after.done).tolist() == [3]
+    assert after.reward[3] == 0
+    np.testing.assert_array_equal(np.delete(after.obs, 3, 0), np.delete(step(sim, action).obs, 3, 0))
+
+
+def refusal(capsys, call, *inputs, **options):
+    with pytest.raises(SystemExit) as stop:
+        call(*inputs, **options)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1, line
+    return line
+
+
+def test_a_task_that_reads_contacts_is_refused(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(TESTS)
+    made("contact_task:Touching", "jax")
+    assert "--impl mujoco cannot simulate contact_task:Touching" in refusal(capsys, made, "contact_task:Touching")
+    assert "--impl mujoco cannot simulate own_tasks:Point" in refusal(capsys, made, "own_tasks:Point")
+
+
+@pytest.mark.parametrize("env_id", ["CartpoleBalance", "G1JoystickRoughTerrain"])
+def test_without_mjbatch(env_id, capsys, monkeypatch):
+    """The same where it is built for another MuJoCo, since its library is not found then."""
+    monkeypatch.setitem(sys.modules, "mjbatch", None)
+    line = refusal(capsys, small_args, env_id=env_id, impl="mujoco")
+    assert f"pip install {trudi.MJBATCH}" in line and "--impl jax" in line
+    assert small_args(env_id="CartpoleBalance").impl == "jax"
+
+
+def test_the_advice_is_what_requirements_say():
+    text = (TESTS.parent / "requirements.txt").read_text()
+    assert trudi.MJBATCH.split()[0] in text.split()
+
+
+def test_what_does_not_go_with_it(capsys):
+    assert "one device" in refusal(capsys, small_args, impl="mujoco", num_devices=2)
+    assert "--num-workers must be positive" in refusal(capsys, small_args, impl="mujoco", num_workers=-1)
+
+
+def test_who_has_it_by_default():
+    assert small_args().impl == "jax"
+    assert small_args(env_id="T1JoystickFlatTerrain").impl == "mujoco"
+    assert small_args(env_id="T1JoystickFlatTerrain", impl="jax").impl == "jax"
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    return Runner(tmp_path_factory.mktemp("mujoco"))
+
+
+def test_seeds_video_and_resume_after_a_kill(runner):
+    """A run of two seeds that was killed goes on as it would have; each seed's first steps are those of the seed alone."""
+    flags = ["--impl", "mujoco", "--num-seeds", "2"]
+    straight = runner.train(*flags, "--capture-video", "--episode-length", "50")
+    assert len(list((straight / "videos").iterdir())) == 2
+    folder, code = runner.interrupt(signal.SIGKILL, *flags, "--episode-length", "50")
+    assert code == -9
+    runner.run("--resume", str(folder), "--num-workers", "1")
+    for seed in ("seed_1", "seed_2"):
+        assert curve(folder / seed) == curve(straight / seed)
+    alone = runner.train("--impl", "mujoco", "--episode-length", "50", "--total-timesteps", "384")
+    np.testing.assert_allclose(curve(alone)[0]["losses/critic"], curve(straight / "seed_1")[0]["losses/critic"], rtol=1e-4)
+    assert json.loads((alone / "args.json").read_text())["args"]["impl"] == "mujoco"
