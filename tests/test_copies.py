@@ -68,12 +68,12 @@ def between(text, start, end):
 def without_infrastructure(text):
     """trudi_mjx.py without checks of flags, video, checkpoints, a run's provenance and several hosts; in how many cuts."""
     interval = '    values.setdefault("checkpoint_interval", values["eval_interval"])\n'
-    alive = "        return (sim, alive & (sim.done == 0), total, length + alive), "
     cuts = [
         (between(text, "# " + 81 * "-" + " what a copy", "# " + 88 * "-" + " run folder"), ""),
         (between(text, "    # Checkpoints and video\n", "    # Computed\n"), ""),
         (interval, ""),
-        (between(text, "        frame = (first_pose", "\n    sim = over_envs"), alive + "()\n"),
+        (between(text, "        film = now.film\n", "        return Evaluation("), ""),
+        (between(text, "    if setup.args.capture_video:\n        film = jax.tree.map(lambda x", "    start = Eval"), ""),
         (between(text, "    if setup.args.capture_video and", "    return metrics\n\n\ndef check_contract"), ""),
         (between(text, "    about = {", "    if args.track"), ""),
         (between(text, "    if args.resume:", "    return pathlib.Path(args.log_dir"), "    now = int(time.time())\n"),

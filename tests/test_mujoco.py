@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probes import small_args
-from test_runs import Runner, curve
+from test_runs import Runner, assert_close, curve
 
 import trudi_mjx as trudi
 
@@ -38,11 +38,11 @@ def played(setup, steps):
 
 
 # ---------------------------------------------------------------------------------------------------- agreement
-@pytest.mark.parametrize("env_id", ["CartpoleSwingup", "ReacherEasy", "FingerSpin"])
-def test_it_computes_what_mjx_computes(env_id):
-    """FingerSpin has contacts, a fluid and implicit integration, Reacher a target that only resets place."""
-    observation, reward = played(made(env_id), 50)
-    observation_mjx, reward_mjx = played(made(env_id, "jax"), 50)
+@pytest.mark.parametrize(("env_id", "steps"), [("CartpoleSwingup", 50), ("ReacherEasy", 50), ("CheetahRun", 20)])
+def test_it_computes_what_mjx_computes(env_id, steps):
+    """CheetahRun has contacts, Reacher a target that only resets place."""
+    observation, reward = played(made(env_id), steps)
+    observation_mjx, reward_mjx = played(made(env_id, "jax"), steps)
     assert observation.std() > 0.1
     np.testing.assert_allclose(observation, observation_mjx, atol=2e-3)
     np.testing.assert_allclose(reward, reward_mjx, atol=2e-3)
@@ -164,16 +164,16 @@ def runner(tmp_path_factory):
     return Runner(tmp_path_factory.mktemp("mujoco"))
 
 
-def test_seeds_video_and_resume_after_a_kill(runner):
-    """A run of two seeds that was killed goes on as it would have; each seed's first steps are those of the seed alone."""
-    flags = ["--impl", "mujoco", "--num-seeds", "2"]
-    straight = runner.train(*flags, "--capture-video", "--episode-length", "50")
+def test_video_seeds_and_resume_after_a_kill(runner):
+    """A run that was killed goes on as it would have; a seed's first steps beside another are those of the seed alone."""
+    flags = ["--impl", "mujoco", "--episode-length", "50"]
+    straight = runner.train(*flags, "--capture-video")
     assert len(list((straight / "videos").iterdir())) == 2
-    folder, code = runner.interrupt(signal.SIGKILL, *flags, "--episode-length", "50")
+    folder, code = runner.interrupt(signal.SIGKILL, *flags)
     assert code == -9
     runner.run("--resume", str(folder), "--num-workers", "1")
-    for seed in ("seed_1", "seed_2"):
-        assert curve(folder / seed) == curve(straight / seed)
-    alone = runner.train("--impl", "mujoco", "--episode-length", "50", "--total-timesteps", "384")
-    np.testing.assert_allclose(curve(alone)[0]["losses/critic"], curve(straight / "seed_1")[0]["losses/critic"], rtol=1e-4)
-    assert json.loads((alone / "args.json").read_text())["args"]["impl"] == "mujoco"
+    assert curve(folder) == curve(straight)
+    assert json.loads((folder / "args.json").read_text())["args"]["impl"] == "mujoco"
+    two = runner.train(*flags, "--num-seeds", "2", "--total-timesteps", "384")
+    assert_close(curve(two / "seed_1")[:2], curve(straight), events=2)
+    assert curve(two / "seed_2")[0]["losses/critic"] != curve(straight)[0]["losses/critic"]

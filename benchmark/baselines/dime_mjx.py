@@ -141,7 +141,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Table 5, or small ones for two CPU cores"""
     impl: Literal["jax", "warp", "mujoco"] | None = None
-    """simulator: MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, else mujoco for the humanoids"""
+    """MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, mujoco for humanoids on a CPU"""
     log_dir: str = "runs"
     """parent of the run folders"""
 
@@ -507,7 +507,7 @@ def refill_starts(setup: Setup, env_state: EnvState, key: Array) -> EnvState:
     return env_state._replace(starts=jax.tree.map(shift, env_state.starts, new))
 
 
-# -------------------------------------------------------------------------------- MuJoCo's engine on CPU cores
+# ------------------------------------------------------------------------------- MuJoCo's engine on CPU cores
 # For --impl mujoco; a copy can do without it and the call of `use_mujoco`.
 # All that a step depends on: what MuJoCo counts as a simulation's state and inputs.
 MUJOCO_INPUTS = (
@@ -517,7 +517,7 @@ MUJOCO_INPUTS = (
 
 
 class MujocoEngine:
-    """Steps simulations of a model on CPU threads. A pure function of MUJOCO_INPUTS, so runs repeat exactly."""
+    """Steps simulations of a model on CPU threads, as a pure function of MUJOCO_INPUTS."""
 
     def __init__(self, model: Any, num_threads: int):
         self.model = model
@@ -535,13 +535,12 @@ class MujocoEngine:
         return self.batches[size]
 
     def simulate(
-        self, num_steps: int, fields: dict[str, Any], inputs: dict[str, Array]
+        self, num_steps: int, like: dict[str, Any], inputs: dict[str, Array]
     ) -> dict[str, np.ndarray]:
-        """Fields after so many steps, 0: those of this state. Inputs (..., .) of simulations, as are outputs."""
+        """Fields after so many steps, 0: of the present state. Inputs and outputs (..., .) of simulations."""
         axes = np.shape(inputs["time"])
-        outputs = {}
         with self.lock:
-            batch = self.find_batch(math.prod(axes), fields)
+            batch = self.find_batch(math.prod(axes), like)
             for name, value in inputs.items():
                 field = batch.bind(name)
                 field[:] = np.reshape(value, field.shape)
@@ -549,13 +548,11 @@ class MujocoEngine:
                 batch.step(nstep=num_steps)
             else:
                 batch.forward()
+            fields = {name: batch.bind(name).astype(x.dtype) for name, x in like.items()}
             diverged = self.find_diverged(batch)
-            for name, like in fields.items():
-                field = batch.bind(name).astype(like.dtype)
-                if name in ("qpos", "qvel"):
-                    field[diverged] = np.nan  # by which Playground ends an episode
-                outputs[name] = field.reshape(axes + like.shape)
-        return outputs
+        for name in ("qpos", "qvel"):
+            fields[name][diverged] = np.nan  # by which Playground ends an episode
+        return {name: x.reshape(axes + like[name].shape) for name, x in fields.items()}
 
     def find_diverged(self, batch: Any) -> np.ndarray:
         """Which simulations of a batch MuJoCo found unstable and started anew, since the last call."""
@@ -567,7 +564,7 @@ class MujocoEngine:
         return diverged
 
     def advance(self, data: Any, num_steps: int) -> Any:
-        """MJX's Data after so many steps, without contacts and constraints, which no task of Playground reads."""
+        """MJX's Data after so many steps, less contacts and constraints, which no Playground task reads."""
         fields = {}
         for field in dataclasses.fields(data):
             if field.name != "_impl":
@@ -584,6 +581,8 @@ def use_mujoco(env: Any, args: Args) -> None:
 
     Exits with code 2 if the task reads what the engine does not return.
     """
+    if env.mj_model is None:
+        fail(f"--impl mujoco cannot simulate {args.env_id}, which has no mj_model; use --impl jax")
     mjx = import_module("mujoco.mjx")
     mjx_env = import_module("mujoco_playground._src.mjx_env")
     mjx_forward = mjx.forward
@@ -1184,8 +1183,9 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 # calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size actor_learning_rate "
-    "critic_learning_rate dual_learning_rate max_grad_norm hidden_dim num_diffusion_steps prior_std num_atoms "
-    "num_workers num_devices total_timesteps best_of_k eval_interval num_eval_envs checkpoint_interval"
+    "critic_learning_rate dual_learning_rate max_grad_norm hidden_dim num_diffusion_steps prior_std "
+    "num_atoms num_workers num_devices total_timesteps best_of_k eval_interval num_eval_envs "
+    "checkpoint_interval"
 ).split()
 
 
@@ -1323,9 +1323,9 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 
 MAY_CHANGE = (
-    "device num_workers num_devices compilation_cache_dir total_timesteps eval_mode ode_score_scale best_of_k "
-    "eval_interval num_eval_envs checkpoint_interval capture_video track wandb_project_name wandb_entity "
-    "resume evaluate batch_size num_iterations"
+    "device num_workers num_devices compilation_cache_dir total_timesteps eval_mode ode_score_scale "
+    "best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track wandb_project_name "
+    "wandb_entity resume evaluate batch_size num_iterations"
 ).split()
 
 
