@@ -72,8 +72,9 @@ def time_mj_step(setup: trudi.Setup, states: dict[str, np.ndarray], repeats: int
     """Control steps a second of MuJoCo's own function on one thread."""
     model = setup.env.mj_model
     data = mujoco.MjData(model)
-    flat = {name: x.reshape(-1, *x.shape[2:]).astype(float) for name, x in states.items()}
-    count = min(len(flat["time"]), 2048)
+    met = states["time"].size
+    flat = {name: x.reshape(met, *x.shape[2:]).astype(float) for name, x in states.items()}
+    count = min(met, 2048)
     rates = []
     for _ in range(repeats):
         seconds = 0.0
