@@ -30,6 +30,7 @@ import dataclasses
 import difflib
 import faulthandler
 import functools
+import io
 import json
 import logging
 import math
@@ -40,7 +41,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
@@ -219,6 +222,8 @@ class Args:
     """as in CleanRL, steps that do not fill an iteration are left out"""
 
 
+COMPUTED = ("batch_size", "num_iterations")  # from other arguments
+COMMAND_LINE_ONLY = ("compilation_cache_dir",)  # code is loaded from there
 MAY_CHANGE = (
     "device num_devices num_workers compilation_cache_dir total_timesteps eval_mode ode_score_scale "
     "best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track wandb_project_name "
@@ -296,8 +301,11 @@ def check_numbers(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"{flag(name)} must be positive, not {value}")
-    if args.seed < 0:
-        fail(f"--seed must not be negative, as {args.seed} is")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag(name)} must be finite, not {value}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
     if not args.ode_score_scale >= 0:
         fail(f"--ode-score-scale must not be negative, as {args.ode_score_scale} is")
     if not 0 <= args.gamma < 1:
@@ -425,6 +433,8 @@ def slot_type(setup: Setup) -> np.dtype:
         "reward": "f4",
         "terminated": "?",
         "truncated": "?",  # and not terminated
+        "begun": "?",  # the present episode was seen from its start
+        "episode_ended": "?",  # one that was did
         "success": "f4",  # the most that the environment said since reset; NaN if it said nothing
         "total": "f8",  # rewards of the last episode that ended
         "length": "f8",  # its steps
@@ -439,6 +449,7 @@ def reset_slots(envs: list[EnvSlot]) -> None:
         random.seed(seed)
         np.random.seed(seed)  # some of HumanoidBench's goals come from the process's global generator
         slot["observation"], _ = env.reset(seed=seed)
+        slot["begun"] = not slot["spread"]
         if slot["spread"]:
             clock = np.random.default_rng(seed).integers(env.spec.max_episode_steps)
             env.set_wrapper_attr("_elapsed_steps", int(clock))
@@ -454,13 +465,18 @@ def step_slots(envs: list[EnvSlot]) -> None:
 def step_slot(env: gym.Env, slot: np.void) -> None:
     """Step an environment; where its episode ends, the next one starts."""
     observation, reward, terminated, truncated, info = env.step(slot["action"])
+    if np.shape(observation) != slot["observation"].shape or np.ndim(reward) > 0:
+        found = f"an observation of shape {np.shape(observation)} and a reward of shape {np.shape(reward)}"
+        raise ValueError(f"a step gave {found}, where {slot['observation'].shape} and () are expected")
     slot["observation"] = observation
     slot["next_observation"] = observation
     slot["reward"] = reward
     slot["terminated"] = terminated
     slot["truncated"] = truncated and not terminated
     slot["success"] = np.fmax(slot["success"], info.get("success", np.nan))
+    slot["episode_ended"] = slot["begun"] and (terminated or truncated)
     if terminated or truncated:
+        slot["begun"] = True
         slot["total"] = info["episode"]["r"]
         slot["length"] = info["episode"]["l"]
         slot["observation"], _ = env.reset()
@@ -469,20 +485,36 @@ def step_slot(env: gym.Env, slot: np.void) -> None:
 def work(
     pipe: Any, memory: Any, dtype: np.dtype, rows: list, env_id: str, mode: str | None, patience: float
 ) -> None:
-    """A worker process, until its pipe closes. An exception, crash or hang ends it, with a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
+    """A worker process, until its pipe closes. An exception, which it tells of, a crash or a hang ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # which may reach all processes, are for the learner
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.setitimer(signal.ITIMER_REAL, patience)
-    slots = np.frombuffer(memory, dtype)
-    envs = [EnvSlot(make_env(env_id, mode), slots[i]) for i in rows]
-    with contextlib.suppress(EOFError, ConnectionError):  # the learner has gone
+    try:
+        slots = np.frombuffer(memory, dtype)
+        envs = [EnvSlot(make_env(env_id, mode), slots[i]) for i in rows]
         while True:
             signal.setitimer(signal.ITIMER_REAL, 0)
             advance = reset_slots if pipe.recv() else step_slots
             signal.setitimer(signal.ITIMER_REAL, patience)
             advance(envs)
             pipe.send(envs[0].env.render() if mode else None)
+    except (EOFError, ConnectionError):  # the learner has gone
+        return
+    except Exception as error:
+        pipe.send(Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+class Failure(NamedTuple):
+    """What a worker tells of an exception."""
+
+    reason: str
+    traceback: str
+
+
+class WorkerError(RuntimeError):
+    """A worker has ended; the message is for the user."""
 
 
 class Simulators:
@@ -523,14 +555,24 @@ class Simulators:
         try:
             for worker in self.workers:
                 worker.pipe.send(reset)
-            frames = [worker.pipe.recv() for worker in self.workers]
+            answers = [worker.pipe.recv() for worker in self.workers]
         except (EOFError, ConnectionError):
             processes = [worker.process for worker in self.workers]
             multiprocessing.connection.wait([process.sentinel for process in processes], 5)
             dead = next(process for process in processes if process.exitcode is not None)
-            why = f"ended with code {dead.exitcode}; the lines above say why"
-            raise RuntimeError(f"{dead.name} {why}") from None
-        self.frame = frames[0]
+            raise WorkerError(f"{dead.name} ended with code {dead.exitcode}; see above") from None
+        for worker, answer in zip(self.workers, answers, strict=True):
+            if isinstance(answer, Failure):
+                raise WorkerError(f"{worker.process.name}: {answer.reason}\n{answer.traceback}")
+        self.frame = answers[0]
+
+    def close(self) -> None:
+        """End the workers: each as soon as it has nothing to do, or after two seconds."""
+        for worker in self.workers:
+            worker.pipe.close()
+        for worker in self.workers:
+            worker.process.join(2)
+            worker.process.kill()
 
     def reset(self, *numbers: int, spread: bool = False) -> None:
         """Start all environments, with seeds that are made of these numbers, clocks spread if so asked."""
@@ -996,7 +1038,7 @@ def collect(
         observation = envs.slots["observation"].copy()
         chain = sample(state.learner.actor, state.statistics, observation, key)
         slots = envs.step(chain.action).copy()
-        steps.append(make_transition(setup, observation, chain.trajectory, slots))
+        steps.append(make_transition(observation, chain.trajectory, slots))
     data = jax.tree.map(lambda *x: np.stack(x), *steps)
 
     ended = data.episode_ended
@@ -1007,11 +1049,8 @@ def collect(
     return jax.device_put(data, NamedSharding(setup.mesh, P(None, "env"))), episodes
 
 
-def make_transition(
-    setup: Setup, observation: np.ndarray, trajectory: Trajectory, slots: np.ndarray
-) -> Transition:
+def make_transition(observation: np.ndarray, trajectory: Trajectory, slots: np.ndarray) -> Transition:
     """A step of a rollout, leaves (E, ...)."""
-    timed_out = slots["truncated"] & (slots["length"] == setup.time_limit)  # the first clocks begin spread
     return Transition(
         observation=observation,
         action=slots["action"],
@@ -1020,7 +1059,7 @@ def make_transition(
         terminated=slots["terminated"],
         truncated=slots["truncated"],
         next_observation=slots["next_observation"],
-        episode_ended=slots["terminated"] | timed_out,
+        episode_ended=slots["episode_ended"],
         episode_return=slots["total"],
         episode_length=slots["length"],
     )
@@ -1166,13 +1205,36 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, progress: dict[str, Any]) -> None:
-    """Write the training state and what else a continued run needs, as NumPy arrays; keep the last three."""
-    content = {"state": named_leaves(state), **progress}
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    steps = []
+    for folder in (run, run.parent):  # a seed's checkpoints are its run's
+        paths = (folder / "checkpoints").glob("*")
+        steps += [int(path.name) for path in paths if path.name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
+
+
+def write_arrays(folder: pathlib.Path, content: dict[str, Any], step: int) -> None:
+    """Write a checkpoint and keep the last three; Orbax never reads unfinished ones."""
     options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
-    folder = run.resolve() / "checkpoints"
-    with ocp.CheckpointManager(folder, options=options) as manager:  # it never reads unfinished ones
-        manager.save(step, args=ocp.args.PyTreeSave(content))
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        if step in manager.all_steps():  # a continued run has diverged here again
+            manager.delete(step)
+        if not manager.save(step, args=ocp.args.PyTreeSave(content), force=True):
+            raise OSError(f"Orbax has left out the checkpoint of step {step}")
+
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, progress: dict[str, Any]) -> None:
+    """Write the training state and what else a continued run needs, as NumPy arrays."""
+    content = {"state": named_leaves(state), **progress}
+    with contextlib.redirect_stderr(io.StringIO()):  # for tracebacks of threads, whose errors come here too
+        try:
+            write_arrays(run.resolve() / "checkpoints", content, step)
+        except Exception as error:  # Orbax and TensorStore have kinds of their own
+            end_unwritten(run, error)
 
 
 def read_checkpoint(run: str) -> dict[str, Any]:
@@ -1220,10 +1282,19 @@ def provenance() -> dict[str, Any]:
 
 
 def open_run(folder: pathlib.Path, args: Args) -> None:
-    """Make the run's folder and args.json; start Weights & Biases, which copies what TensorBoard gets."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"args": vars(args), **provenance()}
-    (folder / "args.json").write_text(json.dumps(about, indent=1) + "\n")
+    """Write the run's args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    path = folder / "args.json"
+    earlier = []  # what it said each time that the run was started before
+    if path.exists():
+        last = json.loads(path.read_text())
+        earlier = [*last.pop("earlier_starts", []), last]
+    about = {"args": vars(args), **provenance(), "earlier_starts": earlier}
+    unfinished = folder / "args.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        end_unwritten(folder, error)
+    unfinished.replace(path)
     if args.track:
         import_module("wandb").init(
             project=args.wandb_project_name,
@@ -1233,6 +1304,17 @@ def open_run(folder: pathlib.Path, args: Args) -> None:
             dir=str(folder),
             sync_tensorboard=True,
         )
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a run's file, whole or not at all."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        os.truncate(path, size)
+        end_unwritten(path.parent, error)
 
 
 def open_log(folder: pathlib.Path, step: int) -> Callable:
@@ -1248,10 +1330,16 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     os.truncate(path, len(kept))
     writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 
+    def end_with_thread(failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            end_unwritten(folder, failure.exc_value)
+        threading.__excepthook__(failure)
+
+    threading.excepthook = end_with_thread  # else who waits for a writer that could not write waits for ever
+
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(path, json.dumps(row) + "\n")
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         writer.flush()
@@ -1259,11 +1347,45 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     return log
 
 
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
+def make_folder(args: Args) -> int:
+    """Make the folder of a new run, which no other run has; returns the second in its name."""
+    second = int(time.time())
+    while True:
+        try:
+            name_folder(args, second).mkdir(parents=True)
+            return second
+        except FileExistsError:
+            second += 1
+
+
 def find_folder(args: Args) -> pathlib.Path:
-    """The folder of a new run or of the one that is continued."""
+    """The folder of a new run, which is made, or of the one that is continued."""
     if args.resume:
         return pathlib.Path(args.resume)
-    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    return name_folder(args, make_folder(args))
+
+
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by which they are checked as a user's are."""
+    words = []
+    for field in dataclasses.fields(Args):
+        value = values.pop(field.name, field.default)
+        if field.name in COMPUTED:
+            continue
+        if field.type is bool and isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            continue
+        repeated = isinstance(field.default, tuple) and isinstance(value, list)
+        for one in value if repeated else [value]:
+            words.append(f"{flag(field.name)}={one}")
+    if values:
+        raise ValueError(f"there is no argument {', '.join(values)}")
+    return words
 
 
 def read_args(run: str) -> Args:
@@ -1272,23 +1394,28 @@ def read_args(run: str) -> Args:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
             raise ValueError(f"it is of {saved['script']}.py")
-        values = dict(saved["args"], resume=None, evaluate=None)
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        return Args(**values)
+        words = command_line(dict(saved["args"], resume=None, evaluate=None))
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(Args, args=words)
+    except SystemExit:
+        fail(f"{run}/args.json holds a value that its flag cannot have")
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
-    args = tyro.cli(Args)
-    run = args.resume or args.evaluate
+    given = tyro.cli(Args)
+    run = given.resume or given.evaluate
     if not run:
-        args = resolve(args)
+        args = resolve(given)
         check_args(args)
         return args
     own = read_args(run)
+    # What makes code run is the user's to say, not the folder's, which may be a stranger's.
+    if ":" in own.env_id and given.env_id != own.env_id:
+        fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
+    own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
     args = resolve(tyro.cli(Args, default=own))
     for name, value in vars(own).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
@@ -1371,12 +1498,16 @@ def keep_diverged(args: Args, state: TrainState, bad: list[str], done: int, fold
 
 
 def catch_signals() -> list[int]:
-    """The signals received, filled later: the first ends the run after its iteration, a second one kills."""
+    """The signals received, filled later: the first ends the run after its iteration, a later one kills."""
     received: list[int] = []
+    times: list[float] = []
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it may be the same one, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGINT, receive)
     signal.signal(signal.SIGTERM, receive)
@@ -1437,11 +1568,21 @@ def run_training(
 
 
 def main() -> None:
-    """Parse, start workers, compile, then train, resume or evaluate."""
+    """Run, and end the workers; what one of them fails with is told without a traceback of this process."""
+    try:
+        with contextlib.ExitStack() as stack:
+            code = run(stack)
+    except WorkerError as error:
+        sys.exit(f"{SCRIPT}.py: error: {error}")
+    sys.exit(code)
+
+
+def run(stack: contextlib.ExitStack) -> int:
+    """Parse, start workers, compile, then train, resume or evaluate; returns the process's exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's messages; its errors are raised
     args = parse()
-    run = args.resume or args.evaluate
-    saved = read_checkpoint(run) if run else {}
+    folder = args.resume or args.evaluate
+    saved = read_checkpoint(folder) if folder else {}
     if args.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(args.compilation_cache_dir))
     if args.capture_video:
@@ -1452,15 +1593,17 @@ def main() -> None:
     state = make_state(setup, saved)
     programs = make_programs(setup)
     eval_envs = Simulators(setup, args.num_eval_envs, find_render_mode(args))
+    stack.callback(eval_envs.close)
     if args.evaluate:
         metrics = play(setup, programs.choose, eval_envs, state, pathlib.Path(args.evaluate))
         print(json.dumps(metrics))
-        return
+        return 0
     began = time.perf_counter()
     envs = Simulators(setup, args.num_envs)
+    stack.callback(envs.close)
     programs = compile_all(setup, programs, envs, eval_envs, state)
     print(f"workers started, programs compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    sys.exit(run_training(setup, programs, envs, eval_envs, state, saved))
+    return run_training(setup, programs, envs, eval_envs, state, saved)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ environments, B states of a batch, N denoising steps, A action dimensions, O ent
 hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import math
 import os
@@ -34,8 +36,9 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
@@ -172,6 +175,8 @@ class Args:
     """iterations between evaluations; the last one is always followed by one (--preset paper: 50)"""
     checkpoint_interval: int | None = None
     """iterations between checkpoints; the last one is always followed by one (--preset paper: 20)"""
+    video_length: int = 300
+    """steps of a video"""
     capture_video: bool = False
     """write an mp4 of one episode at each evaluation"""
     track: bool = False
@@ -192,10 +197,12 @@ class Args:
     """as in CleanRL, steps that do not fill an iteration are left out"""
 
 
+COMPUTED = ("batch_size", "num_iterations")  # from other arguments
+COMMAND_LINE_ONLY = ()  # what a run's folder does not decide
 MAY_CHANGE = (
     "device physics compile total_timesteps eval_mode ode_score_scale best_of_k eval_interval "
-    "checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate batch_size "
-    "num_iterations"
+    "checkpoint_interval capture_video video_length track wandb_project_name wandb_entity resume evaluate "
+    "batch_size num_iterations"
 ).split()
 
 
@@ -213,7 +220,7 @@ def resolve(args: Args) -> Args:
 POSITIVE = (
     "action_scale num_envs num_steps num_epochs minibatch_size actor_learning_rate critic_learning_rate "
     "dual_learning_rate max_grad_norm hidden_dim num_diffusion_steps prior_std trust_region_bound num_atoms "
-    "total_timesteps best_of_k eval_interval checkpoint_interval"
+    "total_timesteps best_of_k eval_interval checkpoint_interval video_length"
 ).split()
 SPLIT = "num_envs minibatch_size".split()  # over the processes
 
@@ -262,8 +269,11 @@ def check_numbers(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"{flag(name)} must be positive, not {value}")
-    if args.seed < 0:
-        fail(f"--seed must not be negative, as {args.seed} is")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag(name)} must be finite, not {value}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
     if not args.ode_score_scale >= 0:
         fail(f"--ode-score-scale must not be negative, as {args.ode_score_scale} is")
     if not 0 <= args.gamma < 1:
@@ -289,29 +299,52 @@ def check_sizes(args: Args) -> None:
             fail(f"{flag(name)} {value} does not divide over {WORLD} processes")
 
 
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by which they are checked as a user's are."""
+    words = []
+    for field in dataclasses.fields(Args):
+        value = values.pop(field.name, field.default)
+        if field.name in COMPUTED:
+            continue
+        if field.type is bool and isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            continue
+        repeated = isinstance(field.default, tuple) and isinstance(value, list)
+        for one in value if repeated else [value]:
+            words.append(f"{flag(field.name)}={one}")
+    if values:
+        raise ValueError(f"there is no argument {', '.join(values)}")
+    return words
+
+
 def read_args(run: str) -> Args:
     """The arguments that a run was started with; exits with code 2 if it is not a run of this script."""
     try:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
             raise ValueError(f"it is of {saved['script']}.py")
-        values = dict(saved["args"], resume=None, evaluate=None)
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        return Args(**values)
+        words = command_line(dict(saved["args"], resume=None, evaluate=None))
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(Args, args=words)
+    except SystemExit:
+        fail(f"{run}/args.json holds a value that its flag cannot have")
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
-    args = tyro.cli(Args)
-    run = args.resume or args.evaluate
+    given = tyro.cli(Args)
+    run = given.resume or given.evaluate
     if not run:
-        args = resolve(args)
+        args = resolve(given)
         check_args(args)
         return args
     own = read_args(run)
+    # What makes code run is the user's to say, not the folder's, which may be a stranger's.
+    if ":" in own.env_id and given.env_id != own.env_id:
+        fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
+    own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
     args = resolve(tyro.cli(Args, default=own))
     for name, value in vars(own).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
@@ -376,11 +409,13 @@ class IsaacLab:
         for x in groups.values():
             if not isinstance(x, Tensor) or x.ndim != 2:
                 fail(f"{args.env_id} must have vectors for observation groups")
-        if env.single_action_space.shape is None:
-            fail(f"{args.env_id} must have continuous actions")
+        space = env.single_action_space
+        if len(space.shape or ()) != 1 or hasattr(space, "nvec"):  # which numbers of choices have
+            fail(f"{args.env_id} must have continuous actions, a vector of them")
         self.args = args
         self.env = env
         self.time_limit = env.max_episode_length
+        self.finite_horizon = getattr(env.cfg, "is_finite_horizon", False)  # time-outs belong to the task
         self.groups = [name for name in ("policy", "actor", "critic") if name in groups]
         self.actor_sees = groups[self.groups[0]].shape[-1]
         self.critic_sees = groups[self.groups[-1]].shape[-1]  # the same group if there is but one
@@ -405,8 +440,8 @@ class IsaacLab:
         before = self.observation
         groups, reward, terminated, late, extras = self.env.step(self.args.action_scale * action)
         reward = reward.clone()
-        terminated = terminated.clone()
         ended = terminated | late
+        terminated = ended if self.finite_horizon else terminated.clone()
         after = self.observe(groups)
         self.observation = after.clone()
         self.episode = self.episode + torch.stack([reward, torch.ones_like(reward)], -1)
@@ -450,13 +485,15 @@ class IsaacLab:
     def play(self, policy: Callable, iteration: int, folder: pathlib.Path) -> Metrics:
         """Metrics of an episode of each environment; films one. Training's episodes end."""
         film = self.args.capture_video and RANK == 0
+        stride = math.ceil(1 / (30 * self.env.step_dt))  # at most 30 frames a second
         frames = []
         self.reset(spread=False)
         first = torch.full_like(self.episode, torch.nan)
-        for _ in range(self.time_limit):
+        for step in range(self.time_limit):
             action = policy(self.observation)
-            if film:
+            if film and step < self.args.video_length and step % stride == 0:
                 frames.append(self.render())
+                print(f"video: step {step} of at most {self.args.video_length}", flush=True)
             self.step(action)
             first = torch.where(first[:, 1:].isnan(), self.ended[-1], first)
             if first[:, 1].isfinite().all():
@@ -464,7 +501,7 @@ class IsaacLab:
         if film:
             path = folder / "videos" / f"step_{iteration * self.args.batch_size}.mp4"
             path.parent.mkdir(exist_ok=True)
-            import_module("imageio").mimsave(path, frames, fps=round(1 / self.env.step_dt))
+            import_module("imageio").mimsave(path, frames, fps=1 / (stride * self.env.step_dt))
         self.reset(spread=True)
         episodes = everywhere(first)
         total = episodes[:, 0]
@@ -858,14 +895,22 @@ def dual_loss(
     return alpha_loss + lambda_loss
 
 
+def add_up(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of all processes' gradients, which travel together: calls cost more than numbers."""
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
     """One step down a loss's gradient, averaged over the processes and clipped by its global norm."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss / WORLD, parameters)
+    if WORLD > 1:
+        gradients = add_up(gradients)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.contiguous()
-        if WORLD > 1:
-            dist.all_reduce(parameter.grad)
     nn.utils.clip_grad_norm_(parameters, max_norm)
     optimizer.step()
 
@@ -1112,6 +1157,16 @@ def checkpoints(run: str | pathlib.Path) -> list[pathlib.Path]:
     return sorted(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
 
 
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    names = [path.stem for path in (run / "checkpoints").glob("*.pt")]
+    steps = [int(name) for name in names if name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
+
+
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
     """Write the training state and the seconds it took; keep the last three."""
     content = {name: getattr(state.learner, name).state_dict() for name in SAVED}
@@ -1120,7 +1175,11 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "unfinished"
-    torch.save(content, unfinished)
+    try:
+        torch.save(content, unfinished)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        end_unwritten(run, error)
     unfinished.replace(folder / f"{step}.pt")  # so that a file of this name is complete
     for path in checkpoints(run)[:-3]:
         path.unlink()
@@ -1166,10 +1225,19 @@ def provenance() -> dict[str, Any]:
 
 
 def open_run(folder: pathlib.Path, args: Args) -> None:
-    """Make the run's folder and args.json; start Weights & Biases, which copies what TensorBoard gets."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"args": vars(args), **provenance()}
-    (folder / "args.json").write_text(json.dumps(about, indent=1) + "\n")
+    """Write the run's args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    path = folder / "args.json"
+    earlier = []  # what it said each time that the run was started before
+    if path.exists():
+        last = json.loads(path.read_text())
+        earlier = [*last.pop("earlier_starts", []), last]
+    about = {"args": vars(args), **provenance(), "earlier_starts": earlier}
+    unfinished = folder / "args.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        end_unwritten(folder, error)
+    unfinished.replace(path)
     if args.track:
         import_module("wandb").init(
             project=args.wandb_project_name,
@@ -1179,6 +1247,17 @@ def open_run(folder: pathlib.Path, args: Args) -> None:
             dir=str(folder),
             sync_tensorboard=True,
         )
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a run's file, whole or not at all."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        os.truncate(path, size)
+        end_unwritten(path.parent, error)
 
 
 def open_log(folder: pathlib.Path, step: int) -> Callable:
@@ -1194,10 +1273,16 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     os.truncate(path, len(kept))
     writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 
+    def end_with_thread(failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            end_unwritten(folder, failure.exc_value)
+        threading.__excepthook__(failure)
+
+    threading.excepthook = end_with_thread  # else who waits for a writer that could not write waits for ever
+
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(path, json.dumps(row) + "\n")
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         writer.flush()
@@ -1205,12 +1290,28 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     return log
 
 
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
+def make_folder(args: Args) -> int:
+    """Make the folder of a new run, which no other run has; returns the second in its name."""
+    second = int(time.time())
+    while True:
+        try:
+            name_folder(args, second).mkdir(parents=True)
+            return second
+        except FileExistsError:
+            second += 1
+
+
 def run_folder(args: Args) -> pathlib.Path:
-    """The folder of a new run or of the one that is continued; the same in all processes."""
+    """The folder of a new run, which is made, or of the one that is continued; the same in all processes."""
     if args.resume:
         return pathlib.Path(args.resume)
-    now = largest(int(time.time()))
-    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
+    second = make_folder(args) if RANK == 0 else 0
+    return name_folder(args, largest(second))
 
 
 def open_logs(args: Args, folder: pathlib.Path, done: int) -> Callable:
@@ -1327,12 +1428,16 @@ def not_finite(metrics: dict[str, float]) -> list[str]:
 
 
 def catch_signals() -> list[int]:
-    """The signals received, filled later: the first ends the run after its iteration, a second one kills."""
+    """The signals received, filled later: the first ends the run after its iteration, a later one kills."""
     received: list[int] = []
+    times: list[float] = []
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it may be the same one, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGINT, receive)
     signal.signal(signal.SIGTERM, receive)

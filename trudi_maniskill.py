@@ -22,10 +22,12 @@ environments, B states of a batch, N denoising steps, A action dimensions, O ent
 hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import math
 import os
@@ -33,8 +35,9 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
 
@@ -209,6 +212,8 @@ class Args:
     """as in CleanRL, steps that do not fill an iteration are left out"""
 
 
+COMPUTED = ("batch_size", "num_iterations")  # from other arguments
+COMMAND_LINE_ONLY = ()  # what a run's folder does not decide
 MAY_CHANGE = (
     "device compile total_timesteps eval_mode ode_score_scale best_of_k eval_interval num_eval_envs "
     "checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate batch_size "
@@ -277,8 +282,11 @@ def check_numbers(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"{flag(name)} must be positive, not {value}")
-    if args.seed < 0:
-        fail(f"--seed must not be negative, as {args.seed} is")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag(name)} must be finite, not {value}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
     if not args.ode_score_scale >= 0:
         fail(f"--ode-score-scale must not be negative, as {args.ode_score_scale} is")
     if not 0 <= args.gamma < 1:
@@ -437,21 +445,23 @@ def step_scene(scene: Any, action: Tensor) -> tuple[Tensor, Outcome, Episode]:
     """Step a scene's environments; what they observe next, where an episode ended in a new one, comes first.
 
     A success ends an episode but is no termination: the rewards that it cuts off would be missed, so it
-    bootstraps like a time-out.
+    bootstraps like a time-out. A failure is one.
     """
-    observation, reward, success, late, info = scene.step(action)
-    truncated = success | late
+    observation, reward, decided, late, info = scene.step(action)  # decided: a success or a failure
+    found = info.get("final_info", info)
+    failed = decided & found.get("fail", torch.zeros_like(decided))
+    success = decided & ~failed
     outcome = Outcome(
         reward=reward.float(),
-        terminated=torch.zeros_like(truncated),
-        truncated=truncated,
+        terminated=failed,
+        truncated=(success | late) & ~failed,
         next_observation=info.get("final_observation", observation),
     )
     facts = {"success_once": success, "success_at_end": success}  # some tasks do not report them
-    facts |= info.get("final_info", info)["episode"]
+    facts |= found["episode"]
     size = len(action)  # some facts are one for all
     episode = Episode(
-        ended=truncated,
+        ended=decided | late,
         total=facts["return"].expand(size),
         length=facts["episode_len"].expand(size),
         success_once=facts["success_once"].expand(size),
@@ -472,33 +482,61 @@ def make_scenes(args: Args, device: torch.device, num_envs: int, evaluation: boo
     """Make environments; those for evaluation go on after a success. Exits with code 2 if it cannot."""
     gym = import_module("gymnasium")
     import_module("mani_skill").logger.setLevel("ERROR")
-    gpu = device.type == "cuda"
     video = evaluation and args.capture_video and RANK == 0
     options = dict(
-        num_envs=num_envs if gpu else 1,
         obs_mode="state",
         control_mode="pd_joint_delta_pos",
         reward_mode=args.reward_mode,
         sim_backend=str(device),
-        render_mode="rgb_array" if video else None,
-        render_backend=str(device) if video else "none",
     )
+    drawn = dict(render_mode="rgb_array", render_backend=str(device))
+    undrawn = dict(render_mode=None, render_backend="none")
     try:
         import_module("mani_skill.envs")
-        envs = [gym.make(args.env_id, **options) for _ in range(1 if gpu else num_envs)]
-    except (gym.error.Error, ImportError, NotImplementedError) as error:  # the last of an unsupported reward
-        fail(f"--env-id {args.env_id} cannot be made: {error}; the module in module:id must register the id")
-    except RuntimeError as error:
-        fail(
-            f"ManiSkill cannot make {args.env_id} ({error}); it needs Vulkan even if nothing is drawn: "
-            "install NVIDIA's driver with its Vulkan part, or libvulkan1 and mesa-vulkan-drivers 25 or "
-            "newer; vulkaninfo tells if it is found"
-        )
+        leave_table_unpainted()
+        envs = []
+        for size in scene_sizes(device, num_envs, video):
+            rendering = drawn if video and not envs else undrawn
+            envs.append(gym.make(args.env_id, num_envs=size, **options, **rendering))
+        envs[0].reset()
+        envs[0].step(envs[0].action_space.sample())  # where some find that they lack a reward
+    except Exception as error:  # whatever a task, which may be the user's own, or a simulator raises
+        refuse_task(args, error)
     if isinstance(envs[0].unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
         flatten_actions = import_module("mani_skill.utils.wrappers").FlattenActionSpaceWrapper
         envs = [flatten_actions(env) for env in envs]
     vector = import_module("mani_skill.vector.wrappers.gymnasium").ManiSkillVectorEnv
     return [vector(env, ignore_terminations=evaluation, record_metrics=True) for env in envs]
+
+
+def scene_sizes(device: torch.device, num_envs: int, video: bool) -> list[int]:
+    """How many environments each scene has; with a video the first, which is drawn, has one."""
+    if device.type == "cpu":
+        return [1] * num_envs
+    if video and num_envs > 1:
+        return [1, num_envs - 1]
+    return [num_envs]
+
+
+def leave_table_unpainted() -> None:
+    """Keep PushT from painting its table, for which it would need a renderer."""
+    push_t = import_module("mani_skill.envs.tasks.tabletop.push_t")
+    push_t.WhiteTableSceneBuilder.build = push_t.TableSceneBuilder.build
+
+
+def refuse_task(args: Args, error: Exception) -> None:
+    """Exit with code 2 on a task that cannot be made, and say why."""
+    reason = f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]})"
+    if isinstance(error, (import_module("gymnasium").error.Error, ImportError)):
+        fail(f"{reason}; the module in module:id must register the id")
+    if isinstance(error, NotImplementedError):
+        fail(f"{reason}; it may lack this --reward-mode, {args.reward_mode}, and have another")
+    if any(word in str(error).lower() for word in ("vulkan", "vk::", "rendering device")):
+        fail(
+            f"{reason}; ManiSkill needs Vulkan even if nothing is drawn: install NVIDIA's driver with its "
+            "Vulkan part, or libvulkan1 and mesa-vulkan-drivers 25 or newer; vulkaninfo tells if it is found"
+        )
+    fail(reason)
 
 
 def make_setup(args: Args, device: torch.device) -> Setup:
@@ -507,6 +545,8 @@ def make_setup(args: Args, device: torch.device) -> Setup:
     eval_scenes = make_scenes(args, device, args.num_eval_envs // WORLD, evaluation=True)
     find_time_limit = import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value
     time_limit = find_time_limit(eval_scenes[0])
+    if not time_limit:
+        fail(f"--env-id {args.env_id} has no time limit; register it with max_episode_steps")
     observation_size = eval_scenes[0].single_observation_space.shape[0]
     return Setup(
         args=args,
@@ -832,14 +872,22 @@ def dual_loss(
     return alpha_loss + lambda_loss
 
 
+def add_up(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of all processes' gradients, which travel together: calls cost more than numbers."""
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
     """One step down a loss's gradient, averaged over the processes and clipped by its global norm."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss / WORLD, parameters)
+    if WORLD > 1:
+        gradients = add_up(gradients)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.contiguous()
-        if WORLD > 1:
-            dist.all_reduce(parameter.grad)
     nn.utils.clip_grad_norm_(parameters, max_norm)
     optimizer.step()
 
@@ -1086,6 +1134,16 @@ def checkpoints(run: str | pathlib.Path) -> list[pathlib.Path]:
     return sorted(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
 
 
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    names = [path.stem for path in (run / "checkpoints").glob("*.pt")]
+    steps = [int(name) for name in names if name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
+
+
 def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
     """Write the training state and the seconds it took; keep the last three."""
     content = {name: getattr(state.learner, name).state_dict() for name in SAVED}
@@ -1094,7 +1152,11 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "unfinished"
-    torch.save(content, unfinished)
+    try:
+        torch.save(content, unfinished)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        end_unwritten(run, error)
     unfinished.replace(folder / f"{step}.pt")  # so that a file of this name is complete
     for path in checkpoints(run)[:-3]:
         path.unlink()
@@ -1140,10 +1202,19 @@ def provenance() -> dict[str, Any]:
 
 
 def open_run(folder: pathlib.Path, args: Args) -> None:
-    """Make the run's folder and args.json; start Weights & Biases, which copies what TensorBoard gets."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"args": vars(args), **provenance()}
-    (folder / "args.json").write_text(json.dumps(about, indent=1) + "\n")
+    """Write the run's args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    path = folder / "args.json"
+    earlier = []  # what it said each time that the run was started before
+    if path.exists():
+        last = json.loads(path.read_text())
+        earlier = [*last.pop("earlier_starts", []), last]
+    about = {"args": vars(args), **provenance(), "earlier_starts": earlier}
+    unfinished = folder / "args.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        end_unwritten(folder, error)
+    unfinished.replace(path)
     if args.track:
         import_module("wandb").init(
             project=args.wandb_project_name,
@@ -1153,6 +1224,17 @@ def open_run(folder: pathlib.Path, args: Args) -> None:
             dir=str(folder),
             sync_tensorboard=True,
         )
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a run's file, whole or not at all."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        os.truncate(path, size)
+        end_unwritten(path.parent, error)
 
 
 def open_log(folder: pathlib.Path, step: int) -> Callable:
@@ -1168,10 +1250,16 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     os.truncate(path, len(kept))
     writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 
+    def end_with_thread(failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            end_unwritten(folder, failure.exc_value)
+        threading.__excepthook__(failure)
+
+    threading.excepthook = end_with_thread  # else who waits for a writer that could not write waits for ever
+
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(path, json.dumps(row) + "\n")
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         writer.flush()
@@ -1179,12 +1267,28 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     return log
 
 
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
+def make_folder(args: Args) -> int:
+    """Make the folder of a new run, which no other run has; returns the second in its name."""
+    second = int(time.time())
+    while True:
+        try:
+            name_folder(args, second).mkdir(parents=True)
+            return second
+        except FileExistsError:
+            second += 1
+
+
 def run_folder(args: Args) -> pathlib.Path:
-    """The folder of a new run or of the one that is continued; the same in all processes."""
+    """The folder of a new run, which is made, or of the one that is continued; the same in all processes."""
     if args.resume:
         return pathlib.Path(args.resume)
-    now = largest(int(time.time()))
-    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
+    second = make_folder(args) if RANK == 0 else 0
+    return name_folder(args, largest(second))
 
 
 def open_logs(args: Args, folder: pathlib.Path, done: int) -> Callable:
@@ -1195,29 +1299,52 @@ def open_logs(args: Args, folder: pathlib.Path, done: int) -> Callable:
     return open_log(folder, done * args.batch_size)
 
 
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by which they are checked as a user's are."""
+    words = []
+    for field in dataclasses.fields(Args):
+        value = values.pop(field.name, field.default)
+        if field.name in COMPUTED:
+            continue
+        if field.type is bool and isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            continue
+        repeated = isinstance(field.default, tuple) and isinstance(value, list)
+        for one in value if repeated else [value]:
+            words.append(f"{flag(field.name)}={one}")
+    if values:
+        raise ValueError(f"there is no argument {', '.join(values)}")
+    return words
+
+
 def read_args(run: str) -> Args:
     """The arguments that a run was started with; exits with code 2 if it is not a run of this script."""
     try:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
             raise ValueError(f"it is of {saved['script']}.py")
-        values = dict(saved["args"], resume=None, evaluate=None)
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        return Args(**values)
+        words = command_line(dict(saved["args"], resume=None, evaluate=None))
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(Args, args=words)
+    except SystemExit:
+        fail(f"{run}/args.json holds a value that its flag cannot have")
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
-    args = tyro.cli(Args)
-    run = args.resume or args.evaluate
+    given = tyro.cli(Args)
+    run = given.resume or given.evaluate
     if not run:
-        args = resolve(args)
+        args = resolve(given)
         check_args(args)
         return args
     own = read_args(run)
+    # What makes code run is the user's to say, not the folder's, which may be a stranger's.
+    if ":" in own.env_id and given.env_id != own.env_id:
+        fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
+    own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
     args = resolve(tyro.cli(Args, default=own))
     for name, value in vars(own).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
@@ -1326,12 +1453,16 @@ def not_finite(metrics: dict[str, float]) -> list[str]:
 
 
 def catch_signals() -> list[int]:
-    """The signals received, filled later: the first ends the run after its iteration, a second one kills."""
+    """The signals received, filled later: the first ends the run after its iteration, a later one kills."""
     received: list[int] = []
+    times: list[float] = []
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it may be the same one, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGINT, receive)
     signal.signal(signal.SIGTERM, receive)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from benchmark.runs import Run, find_runs, furthest
-from benchmark.tasks import ROOT, Task, place_of, preset_timesteps
+from benchmark.tasks import ROOT, Task, place_of, preset_values
 
 # exit codes after a signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
@@ -46,8 +46,8 @@ class Unit:
     def total_timesteps(self) -> int:
         """Environment steps of each seed."""
         given = given_values(self.flags)
-        return int(given.get("total_timesteps")
-                   or preset_timesteps(self.task.script, given.get("preset", "paper")))
+        preset = preset_values(self.task.script, given.get("preset", "paper"), self.task.suite)
+        return int(given.get("total_timesteps") or preset["total_timesteps"])
 
 @dataclasses.dataclass(frozen=True)
 class State:

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # all but the first in benchmark/baselines, for Playground
 ALGORITHMS = ("trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo")
 # a script's tables, in terms of literals and of each other
-CONSTANTS = ("DMC", "HUMANOID", "NAMES", "TASKS", "PAPER", "CPU", "PRESET")
+CONSTANTS = ("DMC", "HUMANOID", "NAMES", "TASKS", "PAPER", "CPU", "CPU_HUMANOID", "PRESET")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -97,9 +97,10 @@ def tasks_of(suites: Iterable[str], algorithm: str = "trudi") -> list[Task]:
              for env_id in constants(SUITES[name].script)[SUITES[name].tasks]]
     return [task for task in found if not task.env_id.startswith("Mjlab-")]  # which one script knows too
 
-def preset_timesteps(script: str, preset: str) -> int:
-    """Environment steps of a run with a script's preset."""
-    return constants(script)["PRESET"][preset]["total_timesteps"]
+def preset_values(script: str, preset: str, suite: str) -> dict[str, Any]:
+    """The arguments that a script's preset sets for the tasks of a suite."""
+    tables = constants(script)
+    return tables.get(f"{preset}_{suite}".upper(), tables["PRESET"][preset])
 
 def task_of(script: str, env_id: str) -> Task | None:
     """TruDi's task of a run of any algorithm, also under Isaac Lab's ids of version 2.3; None for one that is

@@ -49,6 +49,7 @@ from common import (
     write_json,
 )
 from jax.sharding import NamedSharding, PartitionSpec
+from tasks import preset_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,8 @@ def measure_start(args: trudi.Args, cache: pathlib.Path) -> dict[str, float]:
 
 def measure_starts(options: Options) -> dict[str, dict[str, float]]:
     """Start-up without and with compiled programs of an earlier start."""
-    sizes = trudi.PRESET[options.preset]  # `resolve` would take hold of the GPU, which the processes need
+    # `resolve` would take hold of the GPU, which the processes need
+    sizes = preset_values("trudi_mjx", options.preset, trudi.find_suite(options.env_id))
     steps = (options.num_envs or sizes["num_envs"]) * (options.num_steps or sizes["num_steps"])
     # the first one is logged without an evaluation
     args = options.training_args(total_timesteps=2 * steps, eval_interval=2)

@@ -57,6 +57,22 @@ class Hangs(Counter):
         return super().step(action)
 
 
+class Misshapen(Counter):
+    """Observes one number less from its third step on."""
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return observation[: 1 if self.now == 3 else 2], *rest
+
+
+class Paying(Counter):
+    """Pays an array from its third step on."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, np.array([reward]) if self.now == 3 else reward, *rest
+
+
 class Draws(Counter):
     """Observes two numbers of NumPy's global generator, drawn at every reset, as goals of HumanoidBench are."""
 
@@ -65,7 +81,7 @@ class Draws(Counter):
         return np.random.rand(2), {}
 
 
-for kind in (Counter, Raises, Dies, Hangs, Draws):
+for kind in (Counter, Raises, Dies, Hangs, Misshapen, Paying, Draws):
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=20)
 gym.register("Discrete-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=20)
 gym.register("Endless-v0", Counter)

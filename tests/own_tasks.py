@@ -29,5 +29,13 @@ class Point(MjxEnv):
     xml_path = mj_model = mjx_model = None
 
 
+class Cliff(Point):
+    """The same on a plate, from which the point may fall; so episodes end in both ways."""
+
+    def step(self, state, action):
+        state = super().step(state, 2 * action)
+        return state.replace(done=(jnp.abs(state.obs) > 1).any().astype(float))
+
+
 class NoTask:
     """Not of Playground's kind."""

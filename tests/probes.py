@@ -105,7 +105,9 @@ def squashed_entropy(density):
 
 # ------------------------------------------------------------------------------------------------- environments
 class Sim(namedtuple("Sim", "obs reward done count limit")):
-    """Simulator states, with a public `replace` as Playground's have."""
+    """Simulator states, with a public `replace` and an `info` as Playground's have."""
+
+    info = {}
 
     def replace(self, **changes):
         return self._replace(**changes)

@@ -15,7 +15,7 @@ import pytest
 from probes import Sim, lively_actor
 from probes import small_args as trudi_args
 from scipy.stats import norm
-from test_runs import Runner, curve, metrics
+from test_runs import CLIFF, Runner, curve, metrics
 
 import trudi_mjx
 from benchmark.baselines import dime_mjx as dime
@@ -28,13 +28,13 @@ from benchmark.baselines import spo_mjx as spo
 FOLDER = pathlib.Path(reppo.__file__).parent
 # The functions, classes and constants that a baseline has in common with trudi_mjx.py by name, but not by text.
 OWN = {
-    "reppo_mjx": "PAPER CPU Args MAY_CHANGE POSITIVE check_numbers Actor Batch actor_loss update_minibatch "
+    "reppo_mjx": "PAPER CPU CPU_HUMANOID Args MAY_CHANGE POSITIVE check_numbers Actor Batch actor_loss update_minibatch "
                  "update_epochs Transition sample_policy rollout critic_targets update evaluation_action "
                  "check_contract",
-    "dime_mjx": "Args POSITIVE Actor Learner Batch actor_loss dual_loss update_minibatch update_epochs Transition "
+    "dime_mjx": "CPU_HUMANOID Args POSITIVE Actor Learner Batch actor_loss dual_loss update_minibatch update_epochs Transition "
                 "init_state rollout update train"}
 VALUE_BASED = (
-    "SUITE PAPER CPU Args MAY_CHANGE POSITIVE check_numbers Actor Critic Learner Batch Optimizers make_optimizers "
+    "SUITE PAPER CPU CPU_HUMANOID Args MAY_CHANGE POSITIVE check_numbers Actor Critic Learner Batch Optimizers make_optimizers "
     "critic_loss actor_loss update_minibatch update_epochs Transition init_state sample_policy rollout update "
     "evaluation_action")
 OWN |= dict.fromkeys(("ppo_mjx", "spo_mjx"), VALUE_BASED + " train")
@@ -578,10 +578,12 @@ def runner_of(name, folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_run(name, folder):
-    """Two seeds on two devices. One of the baselines is continued from the second of three iterations, and evaluated."""
+    """Two seeds on two devices. One of the baselines, with physics, is continued from the second of three iterations, and
+    evaluated."""
     runner = runner_of(name, folder)
-    straight = runner.train("--num-seeds", "2", "--num-devices", "2", **TWO_DEVICES)
-    assert straight.name.startswith(f"CartpoleBalance__{name}__1__")
+    task = () if name == RESUMED else CLIFF
+    straight = runner.train(*task, "--num-seeds", "2", "--num-devices", "2", **TWO_DEVICES)
+    assert straight.name.startswith(f"{'own_tasks:Cliff' if task else 'CartpoleBalance'}__{name}__1__")
     assert json.loads((straight / "args.json").read_text())["script"] == name
     curves = [curve(straight / f"seed_{seed}") for seed in (1, 2)]
     expected = "losses/actor losses/critic charts/SPS charts/episodes charts/simulator_nans critic/target wall_time".split()

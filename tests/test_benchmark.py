@@ -17,13 +17,15 @@ import sys
 import time
 import typing
 
+import imageio.v3 as iio
 import numpy as np
+import pandas as pd
 import pytest
 from sweeps import SCRIPT, write_evaluation, write_run
 
 from benchmark import local, outcomes, run, sweep, tasks
 from benchmark.local import Machine
-from benchmark.runs import find_runs, furthest
+from benchmark.runs import RETURN, find_runs, furthest
 from benchmark.sweep import Unit
 
 ROOT = pathlib.Path(run.__file__).parent.parent
@@ -78,7 +80,11 @@ def test_scripts_resolve_to_table_5(suite, number, monkeypatch):
     if suite == "maniskill":  # the one deviation, which README explains
         assert resolved.gamma in (0.8, 0.875, 0.9, 0.95) and expected.pop("gamma") == 0.99
     assert {name: getattr(resolved, name) for name in expected} == expected
-    assert tasks.preset_timesteps(task.script, "paper") == resolved.total_timesteps
+    for preset in ("paper", "cpu"):
+        resolved = script.resolve(script.Args(env_id=task.env_id, preset=preset))
+        values = tasks.preset_values(task.script, preset, suite)
+        assert values["total_timesteps"] == resolved.total_timesteps
+        assert values["hidden_dim"] == resolved.hidden_dim
 
 
 def test_algorithms_have_the_tasks_and_sizes_of_trudi():
@@ -775,8 +781,36 @@ def test_cited_returns_are_those_of_the_source():
     source = ROOT.parent / "shared" / "anchors" / "reppo_returns.csv"
     if not source.exists():
         pytest.skip("the source is not here")
-    rows = [line.split(",")[:4] for line in source.read_text().splitlines()]
-    assert [line.split(",") for line in (ROOT / "benchmark/anchors/reppo_returns.csv").read_text().splitlines()] == rows
+    own, cited = (pd.read_csv(path, index_col="env") for path in (ROOT / "benchmark/anchors/reppo_returns.csv", source))
+    pd.testing.assert_frame_equal(own, cited[own.columns])
+
+
+def test_runs_stand_beside_the_public_curve(tmp_path, capsys):
+    """At the very steps, and empty where there is nothing."""
+    args = dict(env_id="T1JoystickFlatTerrain", seed=3, batch_size=8192, total_timesteps=6_000_000)
+    (tmp_path / "args.json").write_text(json.dumps({"script": "trudi_mjx", "args": args | {"exp_name": "trudi_mjx"}}))
+    logged = [(8192, None), (2_490_368, 5.0), (4_980_736, 11.25), (5_505_024, 20.0), (5_996_544, 15.0)]
+    lines = [{"step": step, "wall_time": step / 1000} | ({RETURN: x} if x else {}) for step, x in logged]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(ROOT / "benchmark/public_curve.py"), str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out[2:]]
+    assert cells[0][:5] == ["**T1JoystickFlatTerrain**: REPPO, public", "1.1", "11.2", "24.2", "34.8"]
+    assert cells[1] == ["trudi_mjx, seed 3", "5.0", "11.2", "", "15.0", "17.5", "20.0", "5,996,544", "100"]
+
+
+def test_strip_of_a_video(tmp_path):
+    """Frames from the first to the last, their middles side by side."""
+    greys = np.linspace(10, 240, 30).round().astype(np.uint8)
+    frames = np.broadcast_to(greys[:, None, None, None], (30, 48, 64, 3)).copy()
+    frames[:, :, :8] = 255
+    iio.imwrite(tmp_path / "video.mp4", frames, fps=10)
+    command = [sys.executable, ROOT / "benchmark/strip.py", tmp_path / "video.mp4", "--output", tmp_path / "strip.png"]
+    subprocess.run([*command, "--frames", "3", "--width", "32", "--until", "2"], check=True)
+    strip = iio.imread(tmp_path / "strip.png").astype(int)
+    assert strip.shape == (48, 96, 3)
+    for shown, expected in zip(np.split(strip, 3, axis=1), greys[[0, 10, 19]], strict=True):
+        np.testing.assert_allclose(shown[:, :, 0], expected, atol=6)
 
 
 # --------------------------------------------------------------------------------------------------------------- form

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from probes import EndOrTimeOut, lively_actor, setup_for, small_args
-from test_runs import Runner, curve, meshes, metrics
+from test_runs import CLIFF, Runner, curve, meshes, metrics
 
 import trudi_mjx as trudi
 
@@ -71,17 +71,18 @@ def without_infrastructure(text):
     cuts = [
         (between(text, "# " + 81 * "-" + " what a copy", "# " + 88 * "-" + " run folder"), ""),
         (between(text, "    # Checkpoints and video\n", "    # Computed\n"), ""),
+        (between(text, "    if args.capture_video:\n        os.environ", "    devices = find_devices"), ""),
         (interval, ""),
         (between(text, "        film = now.film\n", "        return Evaluation("), ""),
         (between(text, "    if setup.args.capture_video:\n        film = jax.tree.map(lambda x", "    start = Eval"), ""),
         (between(text, "    if setup.args.capture_video and", "    return metrics\n\n\ndef check_contract"), ""),
-        (between(text, "    about = {", "    if args.track"), ""),
-        (between(text, "    if args.resume:", "    return pathlib.Path(args.log_dir"), "    now = int(time.time())\n"),
+        (between(text, '    path = folder / "args.json"', "    if args.track"), ""),
+        (between(text, "    if args.resume:", "def seed_folders"), "    return name_folder(args, make_folder(args))\n\n\n"),
         (between(text, "    if saved:\n", "    options = {"), ""),
         (between(text, "    if setup.args.evaluate:\n", "    learn = jax.vmap"), ""),
         (between(text, "        kept = seed_folders", "    return still"), "        print(where, bad, file=sys.stderr)\n"),
-        ("largest(received[0] if received else 0)", "received[0] if received else 0"),
-        (between(text, "        if healthy.any() and (last or", "    print(folder)"), ""),
+        (between(text, "        stop = largest(", "    print(folder)"),
+         "        stop = received[0] if received else 0\n"),
         (between(text, "    join_hosts()\n", "    if args.compilation_cache_dir"),
          "    args = resolve(tyro.cli(Args))\n    saved = {}\n"),
         (between(text, "    if args.evaluate:\n", "    sys.exit(train("), ""),
@@ -102,7 +103,8 @@ def test_a_copy_without_infrastructure_trains(runner):
     sizes = "--preset cpu --num-envs 16 --num-steps 8 --minibatch-size 64 --num-eval-envs 2 --total-timesteps 512"
     flags = ["--env-id", "own_tasks:Point", "--device", "cpu", *sizes.split(), "--log-dir", str(runner.folder / "runs")]
     command = [sys.executable, str(copy), *flags, "--compilation-cache-dir", str(runner.folder / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TESTS)})
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS / 'lean'}:{TESTS}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [event["step"] for event in metrics(done.stdout.splitlines()[-1])] == [128, 256, 384, 512]
 
@@ -149,7 +151,7 @@ def test_rollouts_without_an_end_have_no_mean_return(tmp_path):
 
 def test_one_seed_diverges_and_the_other_goes_on(runner):
     """The second seed's critic is spoilt in the checkpoint; the first one's curve is that of a run without it."""
-    folder = runner.train("--num-seeds", "2", "--total-timesteps", "1280", "--eval-interval", "5")
+    folder = runner.train(*CLIFF, "--num-seeds", "2", "--total-timesteps", "1280", "--eval-interval", "5")
     straight = runner.folder / "straight"
     shutil.copytree(folder, straight)
     runner.run("--resume", str(straight), "--total-timesteps", "2560")
@@ -223,7 +225,7 @@ def test_which_numbers_an_unknown_task_gets_is_said(capsys):
 
 def test_a_task_of_ones_own_trains(runner):
     folder = runner.train("--env-id", "own_tasks:Point", "--env-config", "reward.scale=0.5", "--env-config",
-                          '{"episode_length": 8}', "--total-timesteps", "512", PYTHONPATH=str(TESTS))
+                          '{"episode_length": 8}', "--total-timesteps", "512")
     saved = json.loads((folder / "args.json").read_text())["args"]
     assert saved["env_config"] == ["reward.scale=0.5", "episode_length=8"]
     events = metrics(folder)
@@ -231,9 +233,9 @@ def test_a_task_of_ones_own_trains(runner):
     assert 0 < events[-1]["eval/episodic_return"] <= 8 * 0.5
     assert events[-1]["eval/episodic_length"] == 8
     same = ["--env-config", "reward.scale=0.5"]  # as whoever gives a command again does
-    runner.run("--resume", str(folder), *same, "--total-timesteps", "640", PYTHONPATH=str(TESTS))
+    runner.run("--resume", str(folder), *same, "--total-timesteps", "640")
     assert metrics(folder)[-1]["step"] == 640
-    _, err = runner.run("--resume", str(folder), "--env-config", "reward.scale=1", code=2, PYTHONPATH=str(TESTS))
+    _, err = runner.run("--resume", str(folder), "--env-config", "reward.scale=1", code=2)
     assert "--env-config cannot change" in err
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mujoco_playground import State
 from probes import Counter, Sim, lively_actor, setup_for, small_args
 from scipy.stats import norm
 
@@ -181,8 +182,8 @@ def test_episodes_end_and_restart():
 def test_buffers_shared_by_all_environments_are_not_reset(monkeypatch):
     """As MuJoCo Warp has them: without an axis of environments."""
     sim = {"own": jnp.ones((2, 3)), "shared": jnp.ones(5)}
-    fake = namedtuple("Fake", "data reward done obs")
-    sims = [fake({k: scale * v for k, v in sim.items()}, *[jnp.array([0.0, scale])] * 3) for scale in (1.0, 0.0)]
+    fake = namedtuple("Fake", "data reward done obs info")
+    sims = [fake({k: scale * v for k, v in sim.items()}, *[jnp.array([0.0, scale])] * 3, {}) for scale in (1.0, 0.0)]
     monkeypatch.setattr(trudi, "over_envs", lambda setup, step, sim, action: sim)
     zeros = jnp.zeros(2, int)
     after, _ = trudi.env_step(setup_for(Counter(), small_args(), 9), trudi.EnvState(*sims, zeros, zeros, jnp.zeros(2)), None)
@@ -207,23 +208,54 @@ def test_clocks_start_spread_out_and_first_episodes_are_not_counted():
     np.testing.assert_array_equal(length[ended], 20)
 
 
-@pytest.mark.parametrize(("time_limit", "kept"), [(4, 0), (64, 12)])
-def test_episodes_start_from_fresh_states(time_limit, kept):
-    """Two rollouts of 16 environments and 8 steps reach 2 * 16 * 8 / time_limit time-outs, at most all twice."""
+def play_policy(setup, env, key):
+    """A rollout of the untrained policy: the environments afterwards, and its transitions."""
+    statistics = trudi.Statistics(jnp.zeros(()), jnp.stack([jnp.zeros(1), jnp.ones(1)]))
+    actor = trudi.Actor(setup.args, 1, 1, trudi.nnx.Rngs(0))
+    return jax.jit(lambda env, key: trudi.rollout(setup, actor, statistics, env, key))(env, key)
+
+
+@pytest.mark.parametrize("ending", [0, 1, 11, 16])
+@pytest.mark.parametrize("time_limit", [9, 64, 10**6])
+def test_episodes_start_from_fresh_states(ending, time_limit):
+    """Some of 16 environments end an episode once within 8 steps: just they have new states to start from."""
     class Draws(Counter):
         def reset(self, key):
             return super().reset(key)._replace(obs=jax.random.uniform(key, (1,)))
 
-    args = small_args()
-    setup = setup_for(Draws(), args, time_limit)
+    setup = setup_for(Draws(), small_args(), time_limit)
     env = trudi.env_reset(setup, jax.random.PRNGKey(0))
-    assert len(np.unique(env.sim.obs)) == args.num_envs
-    statistics = trudi.Statistics(jnp.zeros(()), jnp.stack([jnp.zeros(1), jnp.ones(1)]))
-    actor = trudi.Actor(args, 1, 1, trudi.nnx.Rngs(0))
-    run = jax.jit(lambda env, key: trudi.rollout(setup, actor, statistics, env, key))
-    (second, _), first = run(run(env, jax.random.PRNGKey(1))[0], jax.random.PRNGKey(2)), env.starts.obs
-    np.testing.assert_array_equal(second.starts.obs[:kept], first[args.num_envs - kept:])
-    assert len(np.unique(np.concatenate([first, second.starts.obs]))) == 2 * args.num_envs - kept
+    order = np.random.default_rng(0).permutation(16)
+    limits = jnp.where(order < ending, 1 + jnp.arange(16) % 8, 10**6)
+    env = env._replace(sim=env.sim._replace(limit=limits), clock=jnp.zeros(16, int))
+    after, data = play_policy(setup, env, jax.random.PRNGKey(1))
+    np.testing.assert_array_equal((data.terminated | data.truncated).sum(0), order < ending)
+    before, now = env.starts.obs[:, 0], after.starts.obs[:, 0]
+    np.testing.assert_array_equal(before != now, order < ending)
+    assert len(np.unique(np.concatenate([before, now]))) == 16 + ending
+
+
+class Dice:
+    """An episode of one step, which pays what the environment's own key has drawn."""
+
+    action_size = 1
+
+    def reset(self, key):
+        zero = jnp.zeros(())
+        return State(None, zero[None], zero, zero, {}, {"rng": key})
+
+    def step(self, sim, action):
+        rng, key = jax.random.split(sim.info["rng"])
+        return sim.replace(reward=jax.random.uniform(key), done=jnp.ones(()), info={"rng": rng})
+
+
+def test_no_episode_repeats_anothers_randomness():
+    """Though all eight of a rollout begin in the same state."""
+    setup = setup_for(Dice(), small_args(), 1000)
+    env = trudi.env_reset(setup, jax.random.PRNGKey(0))
+    after, first = play_policy(setup, env, jax.random.PRNGKey(1))
+    _, second = play_policy(setup, after, jax.random.PRNGKey(2))
+    assert len(np.unique(np.concatenate([first.reward, second.reward]))) == 2 * first.reward.size
 
 
 def test_rollout_keeps_what_acted():

@@ -1,6 +1,8 @@
 """Evaluation: its three ways to act, and its episodes."""
 
 import dataclasses
+import functools
+import os
 import pathlib
 import re
 
@@ -57,9 +59,10 @@ def evaluated():
     args = small_args(num_eval_envs=64, num_diffusion_steps=2)
     setup = setup_for(EndOrTimeOut(), args, 3)
     state = jax.jit(lambda key: trudi.init_state(setup, key))(jax.random.PRNGKey(0))
-    metrics, _ = jax.jit(lambda state: trudi.evaluate(setup, state))(state)
+    evaluate = jax.vmap(functools.partial(trudi.evaluate, setup), axis_name="seed")
+    metrics, _ = jax.jit(evaluate)(jax.tree.map(lambda x: x[None], state))
     names = {*metrics, *jax.eval_shape(lambda: trudi.iterate(setup, state))[1]}
-    return {name: float(x) for name, x in metrics.items()}, names
+    return {name: float(x[0]) for name, x in metrics.items()}, names
 
 
 def test_episodes_count_up_to_their_end(evaluated):
@@ -90,7 +93,7 @@ def test_dmc_tasks_can_be_made():
 def test_presets_are_flags():
     """What SUITE and PRESET set are arguments that wait for them."""
     waiting = {field.name for field in dataclasses.fields(trudi.Args) if field.default is None}
-    for table in (*trudi.SUITE.values(), *trudi.PRESET.values()):
+    for table in (*trudi.SUITE.values(), *trudi.PRESET.values(), trudi.CPU_HUMANOID):
         assert set(table) <= waiting
 
 
@@ -98,3 +101,37 @@ def test_warp_is_of_the_version_that_mjx_wants():
     """With another one MJX says nothing until a task is made with --impl warp, the default on a GPU."""
     types = pytest.importorskip("mujoco.mjx.warp.types")
     assert hasattr(types.GraphMode, "WARP")
+
+
+def test_warp_can_be_traced(monkeypatch):
+    """All that is compiled with --impl warp, the default on a GPU, short of Warp's own kernels. Warp's data can be mapped over
+    seeds, but not selected between."""
+    monkeypatch.setattr("warp._src.context.Module.load", lambda *_, **__: None)
+    setup = trudi.make_setup(small_args(env_id="HopperHop", impl="warp"))
+    key = jax.ShapeDtypeStruct((2, 2), np.uint32)
+    state = jax.eval_shape(jax.vmap(functools.partial(trudi.init_state, setup)), key)
+    new_state, metrics = jax.eval_shape(jax.vmap(functools.partial(trudi.iterate, setup)), state)
+    assert [x.shape for x in jax.tree.leaves(new_state)] == [x.shape for x in jax.tree.leaves(state)]
+    found, _ = jax.eval_shape(jax.vmap(functools.partial(trudi.evaluate, setup), axis_name="seed"), state)
+    assert metrics["losses/actor"].shape == found["eval/episodic_return"].shape == (2,)
+
+
+@pytest.mark.parametrize("flags, name", [((), None), (("--capture-video",), "egl")])
+def test_egl_is_needed_for_video_only(monkeypatch, flags, name):
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setattr("sys.argv", ["trudi_mjx.py", "--env-id", "CartpoleBalance", *flags])
+    trudi.parse()
+    assert os.environ.get("MUJOCO_GL") == name
+
+
+def test_video_is_seen_by_the_camera_that_follows(monkeypatch, tmp_path):
+    """Playground draws from one fixed place by default, which robots leave."""
+    seen, written = [], []
+    setup = trudi.make_setup(small_args(env_id="CheetahRun"))
+    monkeypatch.setattr(setup.env, "render", lambda drawn, camera: seen.append(camera) or drawn)
+    monkeypatch.setattr("mediapy.write_video", lambda path, pictures, fps: written.append((len(pictures), fps)))
+    poses = trudi.Pose(*(np.zeros((1, 1000)) for _ in trudi.Pose._fields))
+    trudi.write_video(setup, (poses, np.array([90])), tmp_path / "videos" / "one.mp4")
+    assert seen == ["side"] and setup.env.dt == 0.01
+    assert written == [(23, 25.0)]

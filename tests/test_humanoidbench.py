@@ -1,6 +1,5 @@
 """The workers that step environments, against plain loops, and the command line of trudi_humanoidbench.py."""
 
-import itertools
 import json
 import multiprocessing.forkserver
 import os
@@ -25,7 +24,7 @@ SMALL = (
     "--num-diffusion-steps 2 --num-eval-envs 2 --total-timesteps 1280 --eval-interval 5 "
     "--checkpoint-interval 2"
 ).split()
-PATH = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+PATH = os.pathsep.join([str(ROOT / "tests" / "lean"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 
 def setup_for(env_id, **changes):
@@ -45,9 +44,8 @@ def simulators():
         return started[-1]
 
     yield start
-    for worker in itertools.chain.from_iterable(envs.workers for envs in started):
-        worker.process.terminate()
-        worker.process.join()
+    for envs in started:
+        envs.close()
 
 
 def process_is_gone(pid):
@@ -141,9 +139,11 @@ def test_seeds(simulators):
 
 # --------------------------------------------------------------------------------------------------- failures
 FAILURES = {
-    "faulty:Raises-v0": ["with code 1;", "ZeroDivisionError", "fell through the floor", "faulty.py"],
+    "faulty:Raises-v0": ["v0: ZeroDivisionError: the robot fell through the floor\n", "faulty.py"],
     "faulty:Dies-v0": ["with code 7;"],
     "faulty:Hangs-v0": [f"with code {-signal.SIGALRM};", "faulty.py", "in step"],
+    "faulty:Misshapen-v0": ["v0: ValueError: a step gave an observation of shape (1,) and a reward of shape ()"],
+    "faulty:Paying-v0": ["v0: ValueError: a step gave an observation of shape (2,) and a reward of shape (1,)"],
 }
 
 
@@ -157,7 +157,7 @@ def test_a_worker_that_fails(env_id, words, simulators, monkeypatch, capfd):
     envs.slots["active"] = [False, False, True, True]
     for _ in range(2):
         envs.step(np.zeros((4, 1)))
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(trudi.WorkerError) as error:
         envs.step(np.zeros((4, 1)))
     assert f"environments 2 to 3 of {env_id}" in str(error.value)
     said = capfd.readouterr().err + str(error.value)
@@ -227,9 +227,25 @@ def test_rollouts_hold_what_belongs_together(simulators):
     following = [0, 1] + data.observation[:-1] * [0, 1]
     after = np.where(data.truncated[:-1, :, None], following, data.next_observation[:-1])
     assert np.array_equal(data.observation[1:], after)
-    # Two or three time-outs each, the first of an episode whose clock did not start at 0.
+    # Two or three time-outs each, the first of an episode whose clock was set.
     assert episodes["charts/episodes"] == data.truncated.sum() - 4
     assert episodes["charts/episodic_return"] == 10 and episodes["charts/episodic_length"] == 20
+
+
+def test_first_episodes_whose_clocks_are_set_are_not_counted(simulators):
+    """Nor are those of them that terminate early, which would be counted without those that are cut short."""
+    setup = setup_for("faulty:Barred-v0", num_envs=16, minibatch_size=16, num_steps=60)
+    state = trudi.new_state(setup, jax.random.PRNGKey(0))
+    envs = simulators("faulty:Barred-v0", 16, 2)
+    for again in range(2):  # as after a run has been continued
+        envs.reset(5, again, spread=True)
+        data, episodes = trudi.collect(setup, fixed_policy(0.5)[0], envs, state)
+        ended = np.asarray(data.terminated | data.truncated)
+        first = ended.cumsum(0) == 1
+        assert 0 < (data.truncated & first).sum() < 16
+        np.testing.assert_array_equal(data.episode_ended, ended & ~first)
+        assert episodes["charts/episodes"] == ended.sum() - 16
+        assert set(np.unique(data.episode_length[ended & ~first])) == {5, 10}
 
 
 EPISODES = {
@@ -413,6 +429,15 @@ def test_ctrl_c_saves_and_a_killed_run_goes_on(runner):
     def press(process):
         os.killpg(process.pid, signal.SIGINT)
 
+    def preempt(process):
+        """As SLURM, systemd and containers do, and a launcher that passes the signal on."""
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+
+    folder, code = runner.signalled(preempt, "--env-id", "Hopper-v5")
+    assert code == 143
+    assert max(int(path.name) for path in (folder / "checkpoints").iterdir()) == 128 * len(metrics(folder))
     folder, code = runner.signalled(press, "--env-id", "Hopper-v5")
     assert code == 130
     saved = len(metrics(folder))
@@ -438,7 +463,7 @@ def test_a_failing_environment_ends_the_run_but_not_its_checkpoints(runner):
         started |= set(descendants(process.pid))
         time.sleep(0.05)
     _, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and "ended with code 7" in err.splitlines()[-1]
+    assert process.returncode == 1 and "ended with code 7" in err.splitlines()[-1] and "Traceback" not in err
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and not all(map(process_is_gone, started)):
         time.sleep(0.05)

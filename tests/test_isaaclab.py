@@ -161,6 +161,47 @@ def test_reused_buffers_change_nothing(kind):
     assert results[0][4].unique().numel() > 3  # the rewards are not all the last one's
 
 
+@pytest.mark.parametrize("kind", ["3.0", "mjlab"])
+def test_a_finite_horizon_is_part_of_the_task(kind):
+    """Where a configuration says so, a time-out does not bootstrap."""
+    fake = Fake(kind, ends=(3, 99))
+    fake.cfg.is_finite_horizon = True
+    setup, _, _ = prepared(fake)
+    setup.env.reset(spread=False)
+    found = [setup.env.step(torch.zeros(2, 3)) for _ in range(6)]
+    assert [outcome.terminated.tolist() for outcome in found][-4:] == [[True, False], [False] * 2, [False] * 2, [True] * 2]
+    assert not any(outcome.truncated.any() for outcome in found)
+
+
+def test_gradients_travel_together(monkeypatch):
+    """One call for each loss, whatever the number of parameters; as if the other process had twice these."""
+    _, state, _ = prepared(Fake())
+    calls = []
+
+    def all_reduce(x):
+        calls.append(x.numel())
+        x *= 3
+
+    monkeypatch.setattr(trudi.dist, "all_reduce", all_reduce)
+    parameters = list(state.learner.critic.parameters())
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    expected = [3 * gradient for gradient in gradients]
+    found = trudi.add_up(gradients)
+    assert len(calls) == 1 and calls[0] == sum(parameter.numel() for parameter in parameters)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("step_dt, steps, fps", [(0.02, [0, 2, 4], 25), (0.05, [0, 1, 2, 3, 4], 20), (0.005, [0], 200 / 7)])
+def test_videos_are_of_30_frames_a_second_at_most(step_dt, steps, fps, monkeypatch, tmp_path):
+    written = []
+    setup, state, _ = prepared(Fake(ends=(99, 99)), capture_video=True, video_length=5)
+    setup.env.env.step_dt = step_dt
+    monkeypatch.setattr(setup.env, "render", lambda: int(setup.env.env.episode_length_buf[0]))
+    monkeypatch.setattr("imageio.mimsave", lambda path, frames, fps: written.append((frames, fps)))
+    trudi.evaluate(setup, state, tmp_path)
+    assert written == [(steps, pytest.approx(fps))]
+
+
 def test_the_simulator_gets_scaled_actions_of_its_own():
     setup, state, programs = prepared(Fake(), action_scale=2.5)
     with torch.no_grad():
@@ -324,10 +365,10 @@ def test_command_line(cartpole, tmp_path):
     assert curve(train(*CARTPOLE, "--log-dir", tmp_path)) == curve(cartpole)
     other = curve(train(*CARTPOLE, "--log-dir", tmp_path, "--seed", "2"))
     assert all(a["losses/critic"] != b["losses/critic"] for a, b in zip(other, curve(cartpole), strict=True))
-    finish(start("--resume", cartpole, "--total-timesteps", 96))
+    finish(start("--resume", cartpole, *CARTPOLE, "--total-timesteps", 96))
     assert [event["step"] for event in events(cartpole)] == list(range(16, 97, 16))
     assert events(cartpole)[:4] == found
-    out, _ = finish(start("--evaluate", cartpole, "--eval-mode", "sde"))
+    out, _ = finish(start("--evaluate", cartpole, *CARTPOLE, "--eval-mode", "sde"))
     result = next(json.loads(line) for line in out.splitlines() if line.startswith('{"eval'))
     assert set(result) == {"eval/episodic_return", "eval/episodic_return_std", "eval/episodic_length"}
 
@@ -350,7 +391,7 @@ def test_interrupted_runs_continue(number, tmp_path):
     (run,) = tmp_path.iterdir()
     newest = max(int(path.stem) for path in (run / "checkpoints").glob("*.pt"))
     assert newest >= events(run)[-1]["step"] - 16  # at most an interval is lost
-    finish(start("--resume", run, "--total-timesteps", newest + 32, "--eval-interval", 10_000))
+    finish(start("--resume", run, *CARTPOLE, "--total-timesteps", newest + 32, "--eval-interval", 10_000))
     assert [event["step"] for event in events(run)] == list(range(16, newest + 33, 16))
 
 
@@ -507,6 +548,17 @@ def test_an_actor_that_breaks_the_contract_ends_the_run(tmp_path):
     with pytest.raises(SystemExit) as stop:
         trudi.train(setup, programs, state, {})
     assert "output layer has to start at zero" in str(stop.value.code)
+
+
+@pytest.mark.parametrize(
+    "space", [dict(shape=()), dict(shape=(2,), nvec=[3, 3]), dict(shape=None), dict(shape=(2, 2))], ids=str
+)
+def test_actions_that_are_no_vectors(space, capsys):
+    fake = Fake()
+    fake.single_action_space = SimpleNamespace(**space)
+    with pytest.raises(SystemExit) as stop:
+        prepared(fake)
+    assert "continuous actions" in refusal(stop.value.code, capsys.readouterr().err)
 
 
 def test_groups_that_are_no_vectors(capsys):

@@ -38,9 +38,9 @@ def test_a_task_of_ones_own(tmp_path):
     assert 2 < found[-1]["eval/episodic_length"] <= 60
     assert all(0 <= event["Metrics/survived"] <= 1 for event in found if event["charts/episodes"])
     assert any("Metrics/survived" in event for event in found)
-    finish(start("--resume", run, "--total-timesteps", 768, python=PYTHON))
+    finish(start("--resume", run, *CARTPOLE[:2], "--total-timesteps", 768, python=PYTHON))
     assert [event["step"] for event in events(run)] == [128, 256, 384, 512, 640, 768]
-    out, _ = finish(start("--evaluate", run, python=PYTHON))
+    out, _ = finish(start("--evaluate", run, *CARTPOLE[:2], python=PYTHON))
     result = next(json.loads(line) for line in out.splitlines() if line.startswith('{"eval'))
     assert 2 < result["eval/episodic_length"] <= 60
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -580,6 +581,65 @@ def test_rewards_that_a_task_lacks():
         text=True,
     )
     assert "reward mode" in refusal(done.returncode, done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "words"),
+    [
+        ("DensePush-v0", (), ["NotImplementedError", "--reward-mode, normalized_dense"]),
+        ("SparsePush-v0", (), ["Unsupported reward mode", "--reward-mode, normalized_dense"]),
+        ("MisshapenPush-v0", (), ["RuntimeError", "size of tensor"]),
+        ("EndlessPush-v0", (), ["max_episode_steps"]),
+        ("Nothing-v0", (), ["Nothing", "must register the id"]),
+    ],
+)
+def test_what_a_task_lacks_is_told(task, flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trudi.make_setup(small_args(env_id=f"maniskill_tasks:{task}"), CPU)
+    line = refusal(stop.value.code, capsys.readouterr().err)
+    assert all(word in line for word in words), line
+    assert "Vulkan" not in line
+
+
+def test_a_task_with_another_reward_is_made_with_it():
+    for task, mode in (("DensePush", "dense"), ("SparsePush", "sparse")):
+        setup = trudi.make_setup(small_args(env_id=f"maniskill_tasks:{task}-v0", reward_mode=mode), CPU)
+        assert setup.action_size == 8
+
+
+def test_one_environment_is_drawn(monkeypatch):
+    """Of those for evaluation, on a GPU in a scene of its own; a video needs no pictures of the others."""
+    made = []
+    make = import_module("gymnasium").make
+
+    def spy(env_id, render_mode, render_backend, **options):
+        made.append((options["num_envs"], render_mode))
+        return make(env_id, **options, render_backend="none")
+
+    monkeypatch.setattr("gymnasium.make", spy)
+    trudi.make_setup(small_args(capture_video=True, num_eval_envs=3), CPU)
+    assert made == [(1, None)] * 2 + [(1, "rgb_array")] + [(1, None)] * 2
+    gpu = torch.device("cuda")
+    assert trudi.scene_sizes(gpu, 128, video=True) == [1, 127]
+    assert trudi.scene_sizes(gpu, 128, video=False) == [128]
+    assert trudi.scene_sizes(gpu, 1, video=True) == [1]
+
+
+def test_a_failure_terminates():
+    """And is no success; in evaluations, which are of full length, the episode goes on."""
+    setup = trudi.make_setup(small_args(env_id="maniskill_tasks:FailingPush-v0"), CPU)
+    setup.env.reset([1, 2])
+    found = []
+    for _ in range(6):
+        outcome = setup.env.step(torch.zeros(2, 8))
+        episode = setup.env.episodes[-1]
+        found.append([x[0].item() for x in (outcome.terminated, outcome.truncated, episode.ended, episode.success_once)])
+    assert found == [[False] * 4, [False] * 4, [True, False, True, False]] * 2
+    setup.eval_env.start(0)
+    found = [setup.eval_env.step(torch.zeros(2, 8)) for _ in range(5)]
+    assert not any(outcome.terminated.any() for outcome in found)
+    assert [outcome.truncated.all().item() for outcome in found] == [False] * 4 + [True]
+    assert not setup.eval_env.episodes[-1].success_once.any()
 
 
 def test_missing_gpu():

@@ -5,9 +5,12 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,7 +56,9 @@ def flag(name):
     *({name: number} for name in POSITIVE for number in (0, -1)),
     dict(seed=-1), dict(gamma=-0.1), dict(gamma=1.0), dict(gamma=NAN), dict(td_lambda=1.1), dict(ode_score_scale=-1.0),
     dict(prior_std=NAN), dict(trust_region_bound=NAN), dict(actor_learning_rate=NAN), dict(v_min=5.0, v_max=5.0),
-    dict(v_min=NAN), dict(num_atoms=1), dict(total_timesteps=100), dict(minibatch_size=96), dict(env_id="Cartpole"),
+    dict(v_min=NAN), dict(v_max=float("inf")), dict(target_entropy_scale=NAN), dict(dual_learning_rate=float("inf")),
+    dict(ode_score_scale=NAN), dict(seed=2**31),
+    dict(num_atoms=1), dict(total_timesteps=100), dict(minibatch_size=96), dict(env_id="Cartpole"),
     dict(num_devices=2)], ids=str)
 def test_values(changes, capsys):
     trudi.check_args(trudi.resolve(trudi.Args(**SIZES)))  # fine as it is
@@ -154,3 +159,122 @@ def test_missing_meshes(tmp_path):
     line = refused("--env-id", "G1JoystickRoughTerrain", "--preset", "cpu", PYTHONPATH=str(tmp_path))
     assert "git clone https://github.com/google-deepmind/mujoco_menagerie" in line
     assert str(package / "external_deps" / "mujoco_menagerie") in line
+
+
+# ------------------------------------------------------------------------------------------------------ run folders
+def parse(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", *map(str, flags)])
+    return trudi.parse()
+
+
+def change(run, **values):
+    """Other arguments in a run's args.json."""
+    path = run / "args.json"
+    saved = json.loads(path.read_text())
+    saved["args"] |= values
+    path.write_text(json.dumps(saved))
+
+
+@pytest.mark.parametrize("values", [
+    dict(hidden_dim="wide"), dict(hidden_dim=16.5), dict(eval_mode="nonsense"), dict(prior_std=None),
+    dict(capture_video="yes"), dict(num_seeds=True), dict(gamma=[0.9, 0.8]), dict(seed={})], ids=str)
+def test_a_folders_arguments_are_checked_as_flags_are(values, run, capsys, monkeypatch):
+    change(run, **values)
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, "--evaluate", run)
+    assert str(run) in refusal(stop.value.code, capsys.readouterr().err)
+
+
+def test_arguments_are_read_as_they_were(run, monkeypatch):
+    given = parse(monkeypatch, "--env-id", "CartpoleBalance", "--preset", "cpu", "--env-config", "ctrl_dt=0.02", "--env-config",
+                  '{"sim_dt": 0.01}', "--prior-std", "1e-3", "--no-learn-friction", "--track", "--wandb-entity", "a b",
+                  "--exp-name=--evaluate")
+    assert given.exp_name == "--evaluate" and given.env_config == ("ctrl_dt=0.02", "sim_dt=0.01")
+    change(run, **vars(given))
+    assert parse(monkeypatch, "--resume", run) == dataclasses.replace(given, resume=str(run))
+
+
+def test_code_that_a_folder_names_is_not_run(run, capsys, monkeypatch, tmp_path):
+    """Neither a task's module nor programs that were compiled before, unless the command line names them too."""
+    own = str(tmp_path / "mine")
+    assert parse(monkeypatch, "--evaluate", run, "--compilation-cache-dir", own).compilation_cache_dir == own
+    change(run, compilation_cache_dir=str(run / "cache"))
+    assert parse(monkeypatch, "--evaluate", run).compilation_cache_dir == trudi.Args().compilation_cache_dir
+    change(run, env_id="own_tasks:Point")
+    for flags in (["--evaluate", run], ["--resume", run, "--env-id", "own_tasks:Cliff"]):
+        with pytest.raises(SystemExit) as stop:
+            parse(monkeypatch, *flags)
+        assert "own_tasks:Point; give that flag too" in refusal(stop.value.code, capsys.readouterr().err)
+    assert parse(monkeypatch, "--evaluate", run, "--env-id", "own_tasks:Point").env_id == "own_tasks:Point"
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr("time.time", lambda: 1000.5)
+    args = small_args(log_dir=str(tmp_path / "runs"))
+    folders = [trudi.run_folder(args) for _ in range(3)]
+    assert [folder.name.rpartition("__")[2] for folder in folders] == ["1000", "1001", "1002"]
+    assert sorted(folders) == sorted((tmp_path / "runs").iterdir())
+
+
+def test_every_start_of_a_run_is_on_record(tmp_path, monkeypatch):
+    args = small_args()
+    for command in (["a"], ["b", "--resume"], ["c", "--resume"]):
+        monkeypatch.setattr(sys, "argv", command)
+        trudi.open_run(tmp_path, dataclasses.replace(args, total_timesteps=1280 + len(command)))
+    saved = json.loads((tmp_path / "args.json").read_text())
+    starts = [*saved["earlier_starts"], saved]
+    assert [start["command"] for start in starts] == [["a"], ["b", "--resume"], ["c", "--resume"]]
+    assert [start["args"]["total_timesteps"] for start in starts] == [1281, 1282, 1282]
+    assert all("git_commit" in start and "versions" in start for start in starts)
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+
+
+def test_a_seeds_folder_that_cannot_be_written_to_names_its_runs_checkpoint(run, monkeypatch, capfd):
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("sys.__stderr__", sys.stderr)
+    with pytest.raises(SystemExit) as stop:
+        trudi.end_unwritten(run / "seed_1", OSError("no space"))
+    line, = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 1 and "(OSError: no space); its last whole checkpoint is of step 128" in line
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_cannot_write_ends_the_run(monkeypatch, tmp_path):
+    """Not one that fails with something else, which Python tells as it does."""
+    ended = []
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(trudi, "end_unwritten", lambda *told: ended.append(told))
+    trudi.open_log(tmp_path, 0)
+    for kind in (OSError, ValueError):
+        def fail(kind=kind):
+            raise kind("no")
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    (folder, error), = ended
+    assert folder == tmp_path and isinstance(error, OSError)
+
+
+def test_a_second_signal_kills_unless_it_is_an_echo(monkeypatch):
+    handlers, killed = {}, []
+    clock = iter([10.0, 12.9, 13.1])
+    monkeypatch.setattr(trudi, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(trudi, "os", SimpleNamespace(kill=lambda pid, number: killed.append(number), getpid=os.getpid))
+    spy = SimpleNamespace(SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, SIG_DFL=signal.SIG_DFL, signal=handlers.__setitem__)
+    monkeypatch.setattr(trudi, "signal", spy)
+    received = trudi.catch_signals()
+    for number, expected in ((signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGINT, [signal.SIGINT])):
+        handlers[number](number, None)
+        assert killed == expected
+    assert received[0] == signal.SIGINT and handlers[signal.SIGINT] == signal.SIG_DFL
+
+
+def test_a_checkpoint_of_the_same_step_is_written(tmp_path):
+    """Also one of an earlier step than the last, as where a continued run diverges sooner."""
+    for number, step in enumerate((128, 256, 256, 128)):
+        trudi.save_checkpoint(tmp_path, {"x": np.full(3, number)}, step, {})
+        kept = tmp_path / "checkpoints" / str(step)
+        with trudi.ocp.CheckpointManager(kept.parent) as manager:
+            restored = manager.restore(step, args=trudi.ocp.args.PyTreeRestore())
+        np.testing.assert_array_equal(restored["state"]["x"], number)

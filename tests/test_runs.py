@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -15,9 +16,11 @@ import pytest
 
 import trudi_mjx as trudi
 
+TESTS = pathlib.Path(__file__).parent
 ROOT = pathlib.Path(trudi.__file__).parent
 SMALL = ("--preset cpu --num-envs 16 --num-steps 8 --num-epochs 1 --minibatch-size 64 --hidden-dim 16 --num-diffusion-steps 2 "
          "--num-eval-envs 2 --total-timesteps 5120 --eval-interval 20 --checkpoint-interval 2").split()
+CLIFF = ("--env-id", "own_tasks:Cliff")  # starts in half the time of a task with physics, and its episodes are short
 TIMES = ("wall_time", "charts/SPS")
 
 
@@ -31,13 +34,16 @@ class Runner:
 
     def start(self, *flags, **environment):
         """A started process; programs are compiled without optimisation, which takes a third of the time."""
-        flags = [*flags, "--compilation-cache-dir", str(self.folder / "cache")]
-        if not {"--resume", "--evaluate"} & set(flags):
-            flags += ["--log-dir", str(self.folder / "runs")]
+        if {"--resume", "--evaluate"} & set(flags):
+            flags = [*flags, *own_task(flags[1])]
+        else:
+            flags = [*flags, "--log-dir", str(self.folder / "runs")]
+        flags += ["--compilation-cache-dir", str(self.folder / "cache")]
         xla = f"--xla_backend_optimization_level=0 {environment.pop('XLA_FLAGS', '')}"
+        environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "PYTHONPATH": f"{TESTS / 'lean'}:{TESTS}", **environment}
         return subprocess.Popen([sys.executable, str(ROOT / self.script), *flags], stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True, cwd=self.folder, start_new_session=True,
-                                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, **environment})
+                                env={**os.environ, **environment})
 
     def run(self, *flags, code=0, **environment):
         """(stdout, stderr) of a process that must end with an exit code."""
@@ -73,6 +79,13 @@ def metrics(folder):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def own_task(folder):
+    """The flag without which the module of a run's own task is not imported."""
+    path = pathlib.Path(folder, "args.json")
+    env_id = json.loads(path.read_text())["args"]["env_id"] if path.exists() else ""
+    return ["--env-id", env_id] if ":" in env_id else []
+
+
 def curve(folder):
     """A run's events without the times."""
     return [{name: x for name, x in event.items() if name not in TIMES} for event in metrics(folder)]
@@ -98,6 +111,14 @@ def straight(runner):
     return runner.train()
 
 
+@pytest.fixture(scope="session")
+def cliff(runner):
+    """The same on a task whose episodes end often, in both ways."""
+    folder = runner.train(*CLIFF)
+    assert sum(event["charts/episodes"] for event in metrics(folder)) > 100
+    return folder
+
+
 def test_run_folder(straight):
     assert straight.name.startswith("CartpoleBalance__trudi_mjx__1__")
     events = metrics(straight)
@@ -114,19 +135,15 @@ def test_run_folder(straight):
     assert max(int(path.name) for path in (straight / "checkpoints").iterdir()) == 5120
 
 
-def test_same_seed_same_numbers_other_seed_other_numbers(runner, straight):
-    assert curve(runner.train("--seed", "1")) == curve(straight)
-    other = curve(runner.train("--seed", "2"))
-    assert all(a["losses/critic"] != b["losses/critic"] for a, b in zip(other, curve(straight), strict=True))
+def newest_checkpoint(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_resumed_run_is_the_straight_one_bit_for_bit(runner, straight, number):
-    folder, code = runner.interrupt(number)
-    assert code == (-9 if number == signal.SIGKILL else 128 + number)
-    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
-    logged = metrics(folder)[-1]["step"]
-    assert newest >= logged - 2 * 128 if number == signal.SIGKILL else newest == logged
+def test_killed_run_goes_on_bit_for_bit(runner, straight):
+    """Before the signal, too: the same seed has the same numbers."""
+    folder, code = runner.interrupt(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert newest_checkpoint(folder) >= metrics(folder)[-1]["step"] - 2 * 128
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99999999, "half a li')
     out, _ = runner.run("--resume", str(folder))
@@ -138,35 +155,36 @@ def test_resumed_run_is_the_straight_one_bit_for_bit(runner, straight, number):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_resume_goes_further(runner, straight):
-    folder = runner.folder / "further"
-    shutil.copytree(straight, folder)
-    runner.run("--resume", str(folder), "--total-timesteps", "5376", "--gamma", "0.9", code=2)
+def test_stopped_run_goes_on_and_further(runner, cliff):
+    folder, code = runner.interrupt(signal.SIGTERM, *CLIFF)
+    assert code == 128 + signal.SIGTERM
+    assert newest_checkpoint(folder) == metrics(folder)[-1]["step"]
     runner.run("--resume", str(folder), "--total-timesteps", "5376")
-    assert curve(folder)[:40] == curve(straight) and [event["step"] for event in curve(folder)[40:]] == [5248, 5376]
+    assert curve(folder)[:40] == curve(cliff)
+    assert [event["step"] for event in curve(folder)[40:]] == [5248, 5376] and newest_checkpoint(folder) == 5376
 
 
 @pytest.mark.parametrize("mode", ["ode", "sde", "best-of-k"])
-def test_evaluate(runner, straight, mode):
-    before = sorted(straight.rglob("*"))
-    out, _ = runner.run("--evaluate", str(straight), "--eval-mode", mode, "--best-of-k", "3")
+def test_evaluate(runner, cliff, mode):
+    before = sorted(cliff.rglob("*"))
+    out, _ = runner.run("--evaluate", str(cliff), "--eval-mode", mode, "--best-of-k", "3")
     result = json.loads(out.splitlines()[-1])
-    assert 0 < result["eval/episodic_return"][0] <= 1000 and result["eval/episodic_length"] == [1000]
+    assert 0 < result["eval/episodic_return"][0] <= 20 and 0 < result["eval/episodic_length"][0] <= 20
     if mode == "ode":  # the same episodes as the run's own last evaluation
-        np.testing.assert_allclose(result["eval/episodic_return"][0], metrics(straight)[-1]["eval/episodic_return"], rtol=1e-4)
-    assert sorted(straight.rglob("*")) == before
+        np.testing.assert_allclose(result["eval/episodic_return"][0], metrics(cliff)[-1]["eval/episodic_return"], rtol=1e-4)
+    assert sorted(cliff.rglob("*")) == before
 
 
-def test_seeds_side_by_side_are_the_single_runs(runner, straight):
-    folder = runner.train("--num-seeds", "2")
-    assert_close(curve(folder / "seed_1"), curve(straight))
+def test_seeds_side_by_side_are_the_single_runs(runner, cliff):
+    folder = runner.train(*CLIFF, "--num-seeds", "2")
+    assert_close(curve(folder / "seed_1"), curve(cliff))
     a, b = curve(folder / "seed_1"), curve(folder / "seed_2")
-    assert len(b) == 40 and a[0]["losses/critic"] != b[0]["losses/critic"]
+    assert len(b) == 40 and all(one["losses/critic"] != other["losses/critic"] for one, other in zip(a, b, strict=True))
 
 
-def test_two_devices_are_one_device(runner, straight):
-    folder = runner.train("--num-devices", "2", XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    assert_close(curve(folder), curve(straight))
+def test_two_devices_are_one_device(runner, cliff):
+    folder = runner.train(*CLIFF, "--num-devices", "2", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert_close(curve(folder), curve(cliff))
 
 
 def test_two_processes_are_one(runner, straight):
@@ -183,10 +201,10 @@ def test_two_processes_are_one(runner, straight):
     assert_close(curve(pathlib.Path(first)), curve(straight))
 
 
-def test_loss_that_is_not_finite_stops_the_run(runner, straight):
+def test_loss_that_is_not_finite_stops_the_run(runner, cliff):
     folder = runner.folder / "nan"
-    shutil.copytree(straight, folder)
-    saved = trudi.read_checkpoint(str(straight))
+    shutil.copytree(cliff, folder)
+    saved = trudi.read_checkpoint(str(cliff))
     arrays = saved["state"]
     name = next(name for name in arrays if name.startswith("learner.critic.") and name.endswith("kernel.value"))
     arrays[name] = np.full_like(arrays[name], np.nan)
@@ -199,7 +217,7 @@ def test_loss_that_is_not_finite_stops_the_run(runner, straight):
 
 def test_offline_wandb(runner, monkeypatch):
     pytest.importorskip("wandb")
-    folder = runner.train("--track", "--total-timesteps", "5120", WANDB_MODE="offline", WANDB_SILENT="true")
+    folder = runner.train(*CLIFF, "--track", "--total-timesteps", "256", WANDB_MODE="offline", WANDB_SILENT="true")
     assert list(folder.glob("wandb/offline-run-*"))
 
 
@@ -232,6 +250,58 @@ def misfit(runner, run):
     return ["--resume", str(folder)]
 
 
+def test_a_disk_that_is_full_ends_a_run_in_one_line(runner, cliff):
+    """Here no file may grow any more. What was written stays whole, and the run goes on when there is room again."""
+    folder = copy_of(runner, cliff, "full")
+    process = runner.start("--resume", str(folder), "--total-timesteps", "1000000")
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and len(metrics(folder)) < 50:
+        time.sleep(0.01)
+    size = (folder / "metrics.jsonl").stat().st_size
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size + 10, size + 10))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.count("\n") == 1, err
+    line = err
+    step = newest_checkpoint(folder)
+    assert f"cannot write to {folder} (" in line and f"its last whole checkpoint is of step {step}" in line
+    assert (folder / "metrics.jsonl").read_text().endswith("}\n")
+    runner.run("--resume", str(folder), "--total-timesteps", str(step + 256))
+    assert [event["step"] for event in metrics(folder)] == list(range(128, step + 257, 128))
+
+
+FULL = """
+import logging, pathlib, resource, sys
+import numpy as np
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # as main has it
+import {script} as trudi
+{save}
+run = pathlib.Path(sys.argv[1])
+save(run, 1000, 128)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+save(run, 100_000, 256)
+"""
+
+
+@pytest.mark.parametrize("script, save", [
+    ("trudi_mjx", "save = lambda run, size, step: trudi.save_checkpoint(run, {'x': np.arange(size)}, step, {})"),
+    ("trudi_maniskill", """
+from types import SimpleNamespace
+import torch
+def save(run, size, step):
+    part = SimpleNamespace(state_dict=lambda: {'x': torch.arange(size)})
+    learner = SimpleNamespace(**dict.fromkeys(trudi.SAVED, part))
+    trudi.save_checkpoint(run, trudi.TrainState(learner, trudi.Statistics(1, 2, 3), 1), step, 0.0)""")])
+def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(script, save, tmp_path):
+    command = [sys.executable, "-c", FULL.format(script=script, save=save), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "its last whole checkpoint is of step 128" in done.stderr
+    assert not list((tmp_path / "checkpoints").glob("256*[!p]"))  # Orbax's unfinished one is called tmp
+    read = __import__(script).read_checkpoint(str(tmp_path))
+    assert "state" in read or "actor" in read
+
+
 BAD = {
     "--env-id CartpoleBalanc": "CartpoleBalance,",
     "--minibatch-size 500": "--minibatch-size 500 does not divide",
@@ -260,17 +330,17 @@ def test_bad_input_is_refused_in_one_line(runner, flags):
 
 
 @pytest.mark.parametrize(("make", "message"), [(truncated, "no readable checkpoint"), (foreign, "trudi_maniskill.py")])
-def test_bad_checkpoint_is_refused_in_one_line(runner, straight, make, message):
-    assert_refused(runner, make(runner, straight), message)
+def test_bad_checkpoint_is_refused_in_one_line(runner, cliff, make, message):
+    assert_refused(runner, make(runner, cliff), message)
 
 
-def test_checkpoint_of_other_sizes_is_refused(runner, straight):
-    _, err = runner.run(*misfit(runner, straight), code=2)
+def test_checkpoint_of_other_sizes_is_refused(runner, cliff):
+    _, err = runner.run(*misfit(runner, cliff), code=2)
     assert err.count("\n") == 1 and "the checkpoint is not of this run" in err
 
 
-def test_changed_argument_is_refused_on_resume(runner, straight):
-    assert_refused(runner, ["--resume", str(straight), "--gamma", "0.9"], "--gamma cannot change")
+def test_changed_argument_is_refused_on_resume(runner, cliff):
+    assert_refused(runner, ["--resume", str(cliff), "--gamma", "0.9"], "--gamma cannot change")
 
 
 def meshes():

@@ -28,9 +28,6 @@ def stub_materials():
     for module in (sapien.pysapien.render, sapien.render, sapien.wrapper.urdf_loader):
         for name in ("RenderMaterial", "RenderTexture2D"):
             setattr(module, name, Unrendered)
-    import mani_skill.envs.tasks.tabletop.push_t as push_t
-
-    push_t.WhiteTableSceneBuilder.build = push_t.TableSceneBuilder.build
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ rollout, E environments, B states of a batch, N denoising steps, A action dimens
 Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import logging
 import math
@@ -106,6 +108,15 @@ CPU = dict(  # measured on two cores, see README.md
     target_entropy_scale=1.665,
     num_eval_envs=64,
     eval_interval=3,
+)
+CPU_HUMANOID = CPU | dict(  # with the sizes of TruDi's
+    total_timesteps=6_000_000,
+    num_envs=256,
+    num_steps=32,
+    hidden_dim=128,
+    target_entropy_scale=0.665,
+    num_eval_envs=16,
+    eval_interval=16,
 )
 PRESET = {"paper": PAPER, "cpu": CPU}
 
@@ -244,9 +255,13 @@ def flag(name: str) -> str:
 
 def resolve(args: Args) -> Args:
     """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
+    if args.capture_video:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported, which fails without EGL
     devices = find_devices(args.device)
     suite = find_suite(args.env_id)
     values = SUITE[suite] | PRESET[args.preset]
+    if (args.preset, suite) == ("cpu", "humanoid"):
+        values |= CPU_HUMANOID
     values |= {name: value for name, value in vars(args).items() if value is not None}
     values["impl"] = find_impl(args, suite, devices)
     values.setdefault("num_workers", num_cores())
@@ -479,8 +494,12 @@ def env_step(setup: Setup, env_state: EnvState, action: Array) -> tuple[EnvState
         mask = done.reshape(-1, *[1] * (now.ndim - 1))
         return jnp.where(mask, start, now)
 
+    restarted = jax.tree.map(restart, env_state.starts, sim)
+    if "rng" in sim.info:  # goes on, so that two episodes from one state are not the same
+        restarted.info["rng"] = sim.info["rng"]
+
     after = EnvState(
-        sim=jax.tree.map(restart, env_state.starts, sim),
+        sim=restarted,
         starts=env_state.starts,
         clock=jnp.where(done, 0, clock),
         length=jnp.where(done, 0, length),
@@ -489,22 +508,32 @@ def env_step(setup: Setup, env_state: EnvState, action: Array) -> tuple[EnvState
     return after, outcome
 
 
-def refill_starts(setup: Setup, env_state: EnvState, key: Array) -> EnvState:
-    """Shift new states into the queue that episodes start from, as many as a rollout's time-outs take out.
+def refill_starts(setup: Setup, env_state: EnvState, used: Array, key: Array) -> EnvState:
+    """New states for the next episodes of the environments (E,) that used theirs.
 
-    No more than that, as a reset can cost as much as 200 steps (CheetahRun's does).
+    As many batches as it takes, since how many robots fall is not known in advance. One does for a rollout
+    with time-outs alone; it is hardly larger, as a reset can cost as much as 200 steps (CheetahRun's does).
     """
     num_envs = setup.args.num_envs
-    time_outs = math.ceil(num_envs * setup.args.num_steps / setup.time_limit)
-    count = min(num_envs, time_outs)
-    new = jax.vmap(setup.env.reset)(jax.random.split(key, count))
+    time_outs = num_envs * setup.args.num_steps / setup.time_limit
+    size = min(num_envs, math.ceil(1.25 * time_outs))
+    users_first = jnp.argsort(~used)
+    num_batches = (used.sum() + size - 1) // size
 
-    def shift(queue: Array, new: Array) -> Array:
-        if queue.shape[:1] != (num_envs,):  # a buffer that environments share
-            return queue
-        return jnp.concatenate([queue[count:], new])
+    def refill(index: Array, starts: Any) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(users_first, index * size, size)  # the last ones overlap
+        new = jax.vmap(setup.env.reset)(jax.random.split(jax.random.fold_in(key, index), size))
 
-    return env_state._replace(starts=jax.tree.map(shift, env_state.starts, new))
+        def put(start: Array, new: Array) -> Array:
+            if start.shape[:1] != (num_envs,):  # a buffer that environments share
+                return start
+            mask = used[rows].reshape(-1, *[1] * (new.ndim - 1))
+            return start.at[rows].set(jnp.where(mask, new, start[rows]))
+
+        return jax.tree.map(put, starts, new)
+
+    starts = jax.lax.fori_loop(0, num_batches, refill, env_state.starts)
+    return env_state._replace(starts=starts)
 
 
 # ------------------------------------------------------------------------------- MuJoCo's engine on CPU cores
@@ -1021,7 +1050,6 @@ def rollout(
 ) -> tuple[EnvState, Transition]:
     """Act for T steps with samples of the policy."""
     step_key, reset_key = jax.random.split(key)
-    env_state = refill_starts(setup, env_state, reset_key)
 
     def step(env_state: EnvState, key: Array) -> tuple[EnvState, Transition]:
         observation = env_state.sim.obs
@@ -1031,7 +1059,9 @@ def rollout(
         env_state, outcome = env_step(setup, env_state, action)
         return env_state, Transition(observation, action, **outcome._asdict())
 
-    return jax.lax.scan(step, env_state, jax.random.split(step_key, setup.args.num_steps))
+    env_state, data = jax.lax.scan(step, env_state, jax.random.split(step_key, setup.args.num_steps))
+    ended = data.terminated | data.truncated
+    return refill_starts(setup, env_state, ended.any(0), reset_key), data
 
 
 def critic_targets(
@@ -1155,7 +1185,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
         )
 
     def goes_on(now: Evaluation) -> Array:
-        return now.alive.any() & (now.time < setup.time_limit)
+        alive = jax.lax.psum(now.alive.sum(), "seed")  # seeds end together: Warp's data cannot be selected
+        return (alive > 0) & (now.time < setup.time_limit)
 
     sim = over_envs(setup, setup.env.reset, jax.random.split(reset_key, num_envs))
     film = ()
@@ -1201,8 +1232,11 @@ def check_numbers(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"{flag(name)} must be positive, not {value}")
-    if args.seed < 0:
-        fail(f"--seed must not be negative, as {args.seed} is")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag(name)} must be finite, not {value}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
     if not args.ode_score_scale >= 0:
         fail(f"--ode-score-scale must not be negative, as {args.ode_score_scale} is")
     if not 0 <= args.gamma < 1:
@@ -1271,8 +1305,11 @@ def write_video(setup: Setup, frames: tuple, path: pathlib.Path) -> None:
     stride = math.ceil(1 / (30 * setup.env.dt))
     times = range(0, int(length[0]), stride)
     drawn = [Frame(Pose(*(x[0, t] for x in poses))) for t in times]
+    model = setup.env.mj_model
+    camera = model.camera(0).name if model.ncam else None  # Playground's first one follows the robot
+    pictures = setup.env.render(drawn, camera=camera)
     path.parent.mkdir(exist_ok=True)
-    mediapy.write_video(path, setup.env.render(drawn), fps=1 / (stride * setup.env.dt))
+    mediapy.write_video(path, pictures, fps=1 / (stride * setup.env.dt))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -1286,13 +1323,36 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, progress: dict[str, Any]) -> None:
-    """Write the training state and what else a continued run needs, as NumPy arrays; keep the last three."""
-    content = {"state": named_leaves(state), **progress}
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    steps = []
+    for folder in (run, run.parent):  # a seed's checkpoints are its run's
+        paths = (folder / "checkpoints").glob("*")
+        steps += [int(path.name) for path in paths if path.name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
+
+
+def write_arrays(folder: pathlib.Path, content: dict[str, Any], step: int) -> None:
+    """Write a checkpoint and keep the last three; Orbax never reads unfinished ones."""
     options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
-    folder = run.resolve() / "checkpoints"
-    with ocp.CheckpointManager(folder, options=options) as manager:  # it never reads unfinished ones
-        manager.save(step, args=ocp.args.PyTreeSave(content))
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        if step in manager.all_steps():  # a continued run has diverged here again
+            manager.delete(step)
+        if not manager.save(step, args=ocp.args.PyTreeSave(content), force=True):
+            raise OSError(f"Orbax has left out the checkpoint of step {step}")
+
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, progress: dict[str, Any]) -> None:
+    """Write the training state and what else a continued run needs, as NumPy arrays."""
+    content = {"state": named_leaves(state), **progress}
+    with contextlib.redirect_stderr(io.StringIO()):  # for tracebacks of threads, whose errors come here too
+        try:
+            write_arrays(run.resolve() / "checkpoints", content, step)
+        except Exception as error:  # Orbax and TensorStore have kinds of their own
+            end_unwritten(run, error)
 
 
 def read_checkpoint(run: str) -> dict[str, Any]:
@@ -1322,11 +1382,31 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
     return jax.tree.map_with_path(fill, shapes)
 
 
+COMPUTED = ("batch_size", "num_iterations")  # from other arguments
+COMMAND_LINE_ONLY = ("compilation_cache_dir",)  # code is loaded from there
 MAY_CHANGE = (
     "device num_workers num_devices compilation_cache_dir total_timesteps eval_mode ode_score_scale "
     "best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track wandb_project_name "
     "wandb_entity resume evaluate batch_size num_iterations"
 ).split()
+
+
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by which they are checked as a user's are."""
+    words = []
+    for field in dataclasses.fields(Args):
+        value = values.pop(field.name, field.default)
+        if field.name in COMPUTED:
+            continue
+        if field.type is bool and isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            continue
+        repeated = isinstance(field.default, tuple) and isinstance(value, list)
+        for one in value if repeated else [value]:
+            words.append(f"{flag(field.name)}={one}")
+    if values:
+        raise ValueError(f"there is no argument {', '.join(values)}")
+    return words
 
 
 def read_args(run: str) -> Args:
@@ -1335,23 +1415,28 @@ def read_args(run: str) -> Args:
         saved = json.loads(pathlib.Path(run, "args.json").read_text())
         if saved["script"] != SCRIPT:
             raise ValueError(f"it is of {saved['script']}.py")
-        values = dict(saved["args"], resume=None, evaluate=None)
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        return Args(**values)
+        words = command_line(dict(saved["args"], resume=None, evaluate=None))
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(Args, args=words)
+    except SystemExit:
+        fail(f"{run}/args.json holds a value that its flag cannot have")
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
-    args = tyro.cli(Args)
-    run = args.resume or args.evaluate
+    given = tyro.cli(Args)
+    run = given.resume or given.evaluate
     if not run:
-        args = resolve(args)
+        args = resolve(given)
         check_args(args)
         return args
     own = read_args(run)
+    # What makes code run is the user's to say, not the folder's, which may be a stranger's.
+    if ":" in own.env_id and given.env_id != own.env_id:
+        fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
+    own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
     args = resolve(tyro.cli(Args, default=own))
     for name, value in vars(own).items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
@@ -1395,10 +1480,19 @@ def largest(number: int) -> int:
 
 # ---------------------------------------------------------------------------------------- run folder and logs
 def open_run(folder: pathlib.Path, args: Args) -> None:
-    """Make the run's folder and args.json; start Weights & Biases, which copies what TensorBoard gets."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"args": vars(args), **provenance()}
-    (folder / "args.json").write_text(json.dumps(about, indent=1) + "\n")
+    """Write the run's args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    path = folder / "args.json"
+    earlier = []  # what it said each time that the run was started before
+    if path.exists():
+        last = json.loads(path.read_text())
+        earlier = [*last.pop("earlier_starts", []), last]
+    about = {"args": vars(args), **provenance(), "earlier_starts": earlier}
+    unfinished = folder / "args.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        end_unwritten(folder, error)
+    unfinished.replace(path)
     if args.track:
         import_module("wandb").init(
             project=args.wandb_project_name,
@@ -1408,6 +1502,17 @@ def open_run(folder: pathlib.Path, args: Args) -> None:
             dir=str(folder),
             sync_tensorboard=True,
         )
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a run's file, whole or not at all."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        os.truncate(path, size)
+        end_unwritten(path.parent, error)
 
 
 def open_log(folder: pathlib.Path, step: int) -> Callable:
@@ -1423,10 +1528,16 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     os.truncate(path, len(kept))
     writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
 
+    def end_with_thread(failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            end_unwritten(folder, failure.exc_value)
+        threading.__excepthook__(failure)
+
+    threading.excepthook = end_with_thread  # else who waits for a writer that could not write waits for ever
+
     def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
         row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(path, json.dumps(row) + "\n")
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         writer.flush()
@@ -1434,12 +1545,28 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
     return log
 
 
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
+def make_folder(args: Args) -> int:
+    """Make the folder of a new run, which no other run has; returns the second in its name."""
+    second = int(time.time())
+    while True:
+        try:
+            name_folder(args, second).mkdir(parents=True)
+            return second
+        except FileExistsError:
+            second += 1
+
+
 def run_folder(args: Args) -> pathlib.Path:
-    """The folder of a new run or of the one that is continued; the same on all hosts."""
+    """The folder of a new run, which is made, or of the one that is continued; the same on all hosts."""
     if args.resume:
         return pathlib.Path(args.resume)
-    now = largest(int(time.time()))
-    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{now}")
+    second = make_folder(args) if jax.process_index() == 0 else 0
+    return name_folder(args, largest(second))
 
 
 def seed_folders(args: Args, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -1494,7 +1621,8 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
 def compile_programs(setup: Setup, state: TrainState, shardings: Any) -> Programs:
     """Compile what is done with the training state of all seeds."""
     everywhere = NamedSharding(setup.mesh, P())
-    play = jax.jit(jax.vmap(functools.partial(evaluate, setup)), out_shardings=everywhere)
+    play = jax.vmap(functools.partial(evaluate, setup), axis_name="seed")
+    play = jax.jit(play, out_shardings=everywhere)
     play = play.lower(state).compile()
     if setup.args.evaluate:
         return Programs(None, play)
@@ -1523,12 +1651,16 @@ def metrics_of_seed(metrics: dict[str, np.ndarray], k: int) -> dict[str, float]:
 
 
 def catch_signals() -> list[int]:
-    """The signals received, filled later: the first ends the run after its iteration, a second one kills."""
+    """The signals received, filled later: the first ends the run after its iteration, a later one kills."""
     received: list[int] = []
+    times: list[float] = []
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it may be the same one, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGINT, receive)
     signal.signal(signal.SIGTERM, receive)
@@ -1602,7 +1734,6 @@ def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, 
 
 def main() -> None:
     """Parse, compile, then train, resume or evaluate."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's messages; its errors are raised
     join_hosts()
     args = parse()
