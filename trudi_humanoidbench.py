@@ -49,15 +49,7 @@ from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import orbax.checkpoint as ocp
-import tensorboardX
 import tyro
-from flax import nnx
-from jax import Array, NamedSharding, P
 
 SCRIPT = pathlib.Path(__file__).stem
 
@@ -231,15 +223,16 @@ MAY_CHANGE = (
 ).split()
 
 
-def resolve(args: Args) -> Args:
-    """Fill in what depends on suite and preset; exit with code 2 on what cannot run."""
-    find_module(args.env_id)
-    suite = "humanoidbench" if args.env_id in TASKS else "gymnasium"
-    values = SUITE[suite] | PRESET[args.preset]
-    values |= {name: value for name, value in vars(args).items() if value is not None}
-    values["batch_size"] = values["num_envs"] * values["num_steps"]
-    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
-    return dataclasses.replace(args, **values)
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    line = " ".join(message.split())
+    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flag(name: str) -> str:
+    """A field of Args as it is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def find_module(env_id: str) -> str:
@@ -259,6 +252,30 @@ def find_module(env_id: str) -> str:
     return module
 
 
+if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
+    find_module(tyro.cli(Args).env_id)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tensorboardX
+from flax import nnx
+from jax import Array, NamedSharding, P
+
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on suite and preset; exit with code 2 on what cannot run."""
+    find_module(args.env_id)
+    suite = "humanoidbench" if args.env_id in TASKS else "gymnasium"
+    values = SUITE[suite] | PRESET[args.preset]
+    values |= {name: value for name, value in vars(args).items() if value is not None}
+    values["batch_size"] = values["num_envs"] * values["num_steps"]
+    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
+    return dataclasses.replace(args, **values)
+
+
 def find_devices(device: str) -> list[jax.Device]:
     """The local devices of a kind; exits with code 2 where there is none."""
     if device == "cpu":
@@ -275,18 +292,6 @@ POSITIVE = (
     "dual_learning_rate max_grad_norm hidden_dim num_diffusion_steps prior_std trust_region_bound num_atoms "
     "num_devices num_workers total_timesteps best_of_k eval_interval num_eval_envs checkpoint_interval"
 ).split()
-
-
-def fail(message: str) -> None:
-    """Refuse bad input: one line on stderr and exit code 2."""
-    line = " ".join(message.split())
-    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
-def flag(name: str) -> str:
-    """A field of Args as it is written on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def check_args(args: Args) -> None:

@@ -87,6 +87,26 @@ def test_the_nearest_tasks_are_offered(env_id, capsys):
     assert "CartpoleBalance" in capsys.readouterr().err.replace(env_id, "")
 
 
+SCRIPTS = [*sorted(ROOT.glob("trudi_*.py")), *sorted(ROOT.glob("benchmark/baselines/*_mjx.py"))]
+
+
+@pytest.mark.parametrize("flags", [["--env-id", "Nosuch"], ["--num-envz", "3"]], ids=["task", "flag"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_mistyped_words_are_refused_before_slow_imports(script, flags, tmp_path):
+    for name in ("jax", "torch", "flax", "mujoco_playground", "tensorboardX", "mani_skill"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2, done.stderr
+    assert flags[-1 if "--env-id" in flags else 0] in done.stderr
+
+
+def test_tasks_are_those_that_are_registered():
+    registry = trudi.import_playground("CartpoleBalance").registry
+    assert set(trudi.installed_tasks()) == set(registry.ALL_ENVS)
+    assert set(trudi.installed_tasks("dm_control_suite")) == set(registry.dm_control_suite.ALL_ENVS)
+
+
 # -------------------------------------------------------------------------------------------------------------- runs
 @pytest.fixture
 def run(tmp_path):

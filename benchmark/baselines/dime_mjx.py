@@ -42,6 +42,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -52,17 +53,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import orbax.checkpoint as ocp
-import tensorboardX
 import tyro
-from flax import nnx, traverse_util
-from jax import Array, NamedSharding, P
-from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 SCRIPT = pathlib.Path(__file__).stem
 
@@ -253,11 +244,46 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def installed_tasks(suite: str = "*") -> list[str]:
+    """Ids of Playground's tasks, or of a suite's, read from its source: to import it takes ten seconds."""
+    package = pathlib.Path(util.find_spec("mujoco_playground").origin).parent
+    ids = []
+    for path in package.glob(f"_src/{suite}/__init__.py"):
+        ids += re.findall(r'^ {4}"(\w+)":', path.read_text(), re.MULTILINE)
+    return ids
+
+
+def check_task(env_id: str) -> None:
+    """Exit with code 2 on an id that neither Playground nor a module can have."""
+    if ":" in env_id or env_id in DMC + HUMANOID:
+        return
+    known = installed_tasks()
+    if env_id not in known:
+        near = difflib.get_close_matches(env_id, dict.fromkeys(known), 3, 0.4) or DMC[:3]
+        fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
+
+
+if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
+    check_task(tyro.cli(Args).env_id)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tensorboardX
+from flax import nnx, traverse_util
+from jax import Array, NamedSharding, P
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+
 def resolve(args: Args) -> Args:
     """Fill in what depends on suite, preset and device; exit with code 2 on what cannot run."""
     if args.capture_video:
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo is imported, which fails without EGL
     devices = find_devices(args.device)
+    check_task(args.env_id)
     suite = find_suite(args.env_id)
     values = SUITE[suite] | PRESET[args.preset]
     if (args.preset, suite) == ("cpu", "humanoid"):
@@ -273,19 +299,13 @@ def resolve(args: Args) -> Args:
 
 
 def find_suite(env_id: str) -> str:
-    """The suite whose discount and atoms suit a task; exits with code 2 if there is no such task."""
+    """The suite whose discount and atoms suit a task."""
     if env_id in DMC:
         return "dmc"
     if env_id in HUMANOID:
         return "humanoid"
-    suite = "dmc"
-    if ":" not in env_id:
-        registry = import_playground(env_id).registry
-        if env_id not in registry.ALL_ENVS:
-            near = difflib.get_close_matches(env_id, registry.ALL_ENVS, 3, 0.4) or DMC[:3]
-            fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
-        if env_id not in registry.dm_control_suite.ALL_ENVS:
-            suite = "humanoid"
+    own = ":" in env_id
+    suite = "dmc" if own or env_id in installed_tasks("dm_control_suite") else "humanoid"
     print(f"{env_id} is none of the paper's tasks; unless flags say otherwise it has {SUITE[suite]}")
     return suite
 
