@@ -93,6 +93,7 @@ TIME_FEATURES = 32
 HL_GAUSS_SIGMA = 0.75  # in atom widths
 INITIAL_DUAL = 0.01  # alpha and lambda at the start
 PRIOR_LOGITS = 40.0  # scale of the critic's output bias at the start, so that Q starts near 0
+CALLS_BEFORE_GRAPH = 5  # of a program, before its CUDA graph is captured
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -1397,9 +1398,9 @@ def compile_programs(setup: Setup, learner: Learner) -> Programs:
         sample = torch.compile(sample)
         learn = torch.compile(learn)
         if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
-            graph = functools.partial(import_module("tensordict.nn").CudaGraphModule, warmup=5)
-            sample = graph(sample)
-            learn = graph(learn)
+            graph = import_module("tensordict.nn").CudaGraphModule
+            sample = graph(sample, warmup=CALLS_BEFORE_GRAPH)
+            learn = graph(learn, warmup=CALLS_BEFORE_GRAPH)
     return Programs(sample, learn)
 
 
@@ -1410,6 +1411,44 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Programs]:
     if saved:
         state = fill_state(state, saved)
     return state, compile_programs(setup, learner)
+
+
+def changing_tensors(learner: Learner) -> list[Tensor]:
+    """What updates change: the parameters, then Adam's moments, of which a new Adam has none yet."""
+    found = [*learner.actor.parameters(), *learner.critic.parameters(), *learner.log_duals]
+    for optimizer in (learner.actor_optimizer, learner.critic_optimizer, learner.dual_optimizer):
+        for moments in optimizer.state.values():
+            found += moments.values()
+    return found
+
+
+@torch.no_grad()
+def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
+    """Compile the programs and capture their CUDA graphs on zeros; the learner is left as it was."""
+    args = setup.args
+    began = time.perf_counter()
+    kept = [x.clone() for x in changing_tensors(learner)]
+    size = args.minibatch_size // WORLD
+    zeros = functools.partial(torch.zeros, device=setup.device)
+    latents = zeros(size, args.num_diffusion_steps, setup.action_size)
+    batch = Batch(
+        observation=zeros(size, setup.observation_size),
+        action=zeros(size, setup.action_size),
+        trajectory=Trajectory(latents, latents.clone()),
+        target=zeros(size),
+    )
+    for _ in range(CALLS_BEFORE_GRAPH + 2):
+        programs.sample_policy(torch.zeros_like(setup.env.observation))
+        noise = zeros(args.num_diffusion_steps + 1, size, setup.action_size)
+        with torch.enable_grad():  # as in update_epochs
+            programs.update_minibatch(batch, noise)
+    # In place, as graphs remember where tensors lie.
+    changed = changing_tensors(learner)
+    for x in changed:
+        x.zero_()
+    for x, value in zip(changed, kept, strict=False):  # a new Adam's moments are not kept: they are zeros
+        x.copy_(value)
+    print(f"warmed up in {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def check_contract(metrics: dict[str, float]) -> None:
@@ -1457,6 +1496,7 @@ def print_progress(args: Args, metrics: dict[str, float], done: int, wall_time: 
 def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, Any]) -> int:
     """The training loop; returns the process's exit code."""
     args = setup.args
+    warm_up(setup, programs, state.learner)
     folder = run_folder(args)
     log = open_logs(args, folder, state.iteration)
     received = catch_signals()

@@ -41,13 +41,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import tensorboardX
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
 
 SCRIPT = pathlib.Path(__file__).stem
 RANK = int(os.environ.get("RANK", "0"))  # torchrun's number of this process
@@ -110,6 +104,7 @@ TIME_FEATURES = 32
 HL_GAUSS_SIGMA = 0.75  # in atom widths
 INITIAL_DUAL = 0.01  # alpha and lambda at the start
 PRIOR_LOGITS = 40.0  # scale of the critic's output bias at the start, so that Q starts near 0
+CALLS_BEFORE_GRAPH = 5  # of a program, before its CUDA graph is captured
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -221,6 +216,40 @@ MAY_CHANGE = (
 ).split()
 
 
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    line = " ".join(message.split())
+    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flag(name: str) -> str:
+    """A field of Args as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_task(env_id: str) -> None:
+    """Exit with code 2 on an id that no task or module has."""
+    module, colon, _ = env_id.rpartition(":")
+    package = module.split(".")[0]
+    if colon and not (package and util.find_spec(package)):
+        fail(f"unknown --env-id {env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
+    if not colon and env_id not in TASKS:
+        near = difflib.get_close_matches(env_id, TASKS, 3, 0.4) or TASKS[:3]
+        fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
+
+
+if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
+    check_task(tyro.cli(Args).env_id)
+
+import numpy as np
+import tensorboardX
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
 def resolve(args: Args) -> Args:
     """Fill in what depends on task, preset and device; exit with code 2 on what cannot run."""
     check_task(args.env_id)
@@ -241,33 +270,10 @@ POSITIVE = (
 SPLIT = "num_envs minibatch_size num_eval_envs".split()  # over the processes
 
 
-def check_task(env_id: str) -> None:
-    """Exit with code 2 on an id that no task or module has."""
-    module, colon, _ = env_id.rpartition(":")
-    package = module.split(".")[0]
-    if colon and not (package and util.find_spec(package)):
-        fail(f"unknown --env-id {env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
-    if not colon and env_id not in TASKS:
-        near = difflib.get_close_matches(env_id, TASKS, 3, 0.4) or TASKS[:3]
-        fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
-
-
 def check_device(device: str) -> None:
     """Exit with code 2 where a GPU is asked for and there is none."""
     if device == "gpu" and not torch.cuda.is_available():
         fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
-
-
-def fail(message: str) -> None:
-    """Refuse bad input: one line on stderr and exit code 2."""
-    line = " ".join(message.split())
-    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
-def flag(name: str) -> str:
-    """A field of Args as it is written on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def check_args(args: Args) -> None:
@@ -1422,9 +1428,9 @@ def compile_programs(setup: Setup, learner: Learner) -> Programs:
         sample = torch.compile(sample)
         learn = torch.compile(learn)
         if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
-            graph = functools.partial(import_module("tensordict.nn").CudaGraphModule, warmup=5)
-            sample = graph(sample)
-            learn = graph(learn)
+            graph = import_module("tensordict.nn").CudaGraphModule
+            sample = graph(sample, warmup=CALLS_BEFORE_GRAPH)
+            learn = graph(learn, warmup=CALLS_BEFORE_GRAPH)
     return Programs(sample, learn)
 
 
@@ -1435,6 +1441,44 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Programs]:
     if saved:
         state = fill_state(state, saved)
     return state, compile_programs(setup, learner)
+
+
+def changing_tensors(learner: Learner) -> list[Tensor]:
+    """What updates change: the parameters, then Adam's moments, of which a new Adam has none yet."""
+    found = [*learner.actor.parameters(), *learner.critic.parameters(), *learner.log_duals]
+    for optimizer in (learner.actor_optimizer, learner.critic_optimizer, learner.dual_optimizer):
+        for moments in optimizer.state.values():
+            found += moments.values()
+    return found
+
+
+@torch.no_grad()
+def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
+    """Compile the programs and capture their CUDA graphs on zeros; the learner is left as it was."""
+    args = setup.args
+    began = time.perf_counter()
+    kept = [x.clone() for x in changing_tensors(learner)]
+    size = args.minibatch_size // WORLD
+    zeros = functools.partial(torch.zeros, device=setup.device)
+    latents = zeros(size, args.num_diffusion_steps, setup.action_size)
+    batch = Batch(
+        observation=zeros(size, setup.observation_size),
+        action=zeros(size, setup.action_size),
+        trajectory=Trajectory(latents, latents.clone()),
+        target=zeros(size),
+    )
+    for _ in range(CALLS_BEFORE_GRAPH + 2):
+        programs.sample_policy(torch.zeros_like(setup.env.observation))
+        noise = zeros(args.num_diffusion_steps + 1, size, setup.action_size)
+        with torch.enable_grad():  # as in update_epochs
+            programs.update_minibatch(batch, noise)
+    # In place, as graphs remember where tensors lie.
+    changed = changing_tensors(learner)
+    for x in changed:
+        x.zero_()
+    for x, value in zip(changed, kept, strict=False):  # a new Adam's moments are not kept: they are zeros
+        x.copy_(value)
+    print(f"warmed up in {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def check_contract(metrics: dict[str, float]) -> None:
@@ -1482,6 +1526,7 @@ def print_progress(args: Args, metrics: dict[str, float], done: int, wall_time: 
 def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, Any]) -> int:
     """The training loop; returns the process's exit code."""
     args = setup.args
+    warm_up(setup, programs, state.learner)
     folder = run_folder(args)
     log = open_logs(args, folder, state.iteration)
     received = catch_signals()

@@ -265,6 +265,48 @@ def test_compiled_updates_are_the_same():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_warming_up_changes_nothing_in_a_learner(iterations):
+    """Nor where its tensors lie, as CUDA graphs remember that."""
+    setup, state, programs = fake_setup(small_args(), [Fake(), Fake()])
+    for _ in range(iterations):
+        state, _ = trudi.iterate(setup, programs, state)
+    learner = state.learner
+    before = [x.clone() for x in trudi.changing_tensors(learner)]
+    trudi.warm_up(setup, programs, learner)
+    after = trudi.changing_tensors(learner)
+    addresses = [x.data_ptr() for x in after]
+    parameters = len(before) if iterations else len(after) // 4  # each has a step and two moments of Adam
+    assert len(before) == parameters
+    for x, y in zip(after, before, strict=False):
+        assert torch.equal(x, y)
+    assert not any(x.any() for x in after[parameters:])
+    trudi.iterate(setup, programs, state)
+    assert [x.data_ptr() for x in trudi.changing_tensors(learner)] == addresses
+
+
+def test_wall_time_is_without_compiling(tmp_path):
+    """With programs whose first calls take long: numbers of two iterations, which are those without."""
+    rows = []
+    for delay in (0, 2):
+        args = small_args(log_dir=str(tmp_path / str(delay)), total_timesteps=32, eval_interval=9)
+        setup, state, programs = fake_setup(args, [Fake(), Fake()])
+        calls = []
+
+        def learn(*inputs, calls=calls, delay=delay, programs=programs):
+            calls.append(time.sleep(0 if calls else delay))
+            return programs.update_minibatch(*inputs)
+
+        assert trudi.train(setup, programs._replace(update_minibatch=learn), state, {}) == 0
+        path, = tmp_path.glob(f"{delay}/*/metrics.jsonl")
+        rows.append([json.loads(line) for line in path.read_text().splitlines()])
+    for plain, slow in zip(*rows, strict=True):
+        assert slow["wall_time"] < 2
+        for row in (plain, slow):
+            del row["wall_time"], row["charts/SPS"]
+        assert plain == slow
+
+
 # ------------------------------------------------------------------------------------------------- real tasks
 def prepared(**changes):
     """Setup, state and programs with ManiSkill's environments, reset."""
