@@ -119,8 +119,15 @@ TORCH = [
     ("the mode is ignored", 'if args.eval_mode == "ode":', "if True:", "test_loop.py::evaluation_plays"),
     ("the worst of K", "best = q.argmax(0)", "best = q.argmin(0)", "test_loop.py::evaluation_plays"),
 ]
+MANISKILL = [  # whose tests hold for trudi_isaaclab.py too, as the text is the same
+    ("warming up trains", "    for x, value in zip(changed, kept, strict=False):", "    for x, value in ():",
+     "test_maniskill.py::warming_up"),
+    ("Adam keeps the moments of warming up", "        x.zero_()\n", "        x.mul_(1)\n", "test_maniskill.py::warming_up"),
+    ("wall_time includes compiling", "    warm_up(setup, programs, state.learner)\n    folder", "    folder",
+     "test_maniskill.py::wall_time"),
+]
 MUTATIONS = [Mutation(script, *rest) for script, lists in {
-    "trudi_mjx": SHARED + MJX, "trudi_humanoidbench": SHARED + GYM, "trudi_maniskill": TORCH,
+    "trudi_mjx": SHARED + MJX, "trudi_humanoidbench": SHARED + GYM, "trudi_maniskill": TORCH + MANISKILL,
     "trudi_isaaclab": TORCH}.items() for rest in lists]
 
 
