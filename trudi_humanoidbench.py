@@ -253,7 +253,9 @@ def find_module(env_id: str) -> str:
 
 
 if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
-    find_module(tyro.cli(Args).env_id)
+    given = tyro.cli(Args)
+    if not (given.resume or given.evaluate):
+        find_module(given.env_id)
 
 import jax
 import jax.numpy as jnp

@@ -8,7 +8,7 @@ For each task, in control steps a second:
   met, one after another;
 * engine: the batch that `--impl mujoco` steps, on the same states, with one thread and with one for each core;
 * env.step: the task as a compiled program steps it, with random actions and restarts (`trudi_mjx.env_step`);
-* rollout: the same with the untrained policy and a refill of the queue of starts;
+* rollout: the same with the untrained policy and new states for the next episodes;
 * iteration: rollout, targets and updates;
 
 the last three for both simulators. `share` is the rollout's rate over cores times that of mj_step. Medians of

@@ -7,7 +7,8 @@
   that finds what the first left;
 * compile: tracing and lowering of one iteration, then its compilation, in this process and without any cache;
 * steps/s, each part run on its own: the simulator alone (uniformly random actions), the rollout (policy,
-  simulator and one batch of resets), the critic's targets (with the observations' normalisation), the update
+  simulator and new starts), the new starts alone (states for the next episodes of the environments in which
+  one ended in that rollout, whose share is printed), the critic's targets (with the observations' normalisation), the update
   (all epochs of minibatches) and the whole iteration. Steps are environment steps, summed over --num-seeds;
   every part is charged an iteration's steps. Compiled programs only, after a warm-up call and up to their
   results' arrival. The policy is an untrained one: where a simulator's time depends on contacts, that of a
@@ -113,6 +114,11 @@ def act(setup: trudi.Setup, state: trudi.TrainState) -> trudi.Transition:
     """A rollout of the policy: its transitions."""
     return trudi.rollout(setup, state.learner.actor, state.statistics, state.env_state, state.key)[1]
 
+def refill(setup: trudi.Setup, state: trudi.TrainState, data: trudi.Transition) -> Any:
+    """States for the next episodes of the environments in which one ended in a rollout."""
+    ended = data.terminated | data.truncated
+    return trudi.refill_starts(setup, state.env_state, ended.any(0), state.key).starts
+
 def make_batch(setup: trudi.Setup, state: trudi.TrainState, data: trudi.Transition) -> trudi.Batch:
     """What the epochs learn from: targets beside normalised observations, as in `trudi_mjx.update`."""
     inputs = trudi.network_inputs(trudi.normalize(state.statistics, data.observation))
@@ -125,16 +131,19 @@ def update_epochs(setup: trudi.Setup, state: trudi.TrainState, batch: trudi.Batc
     """All epochs of minibatches."""
     return trudi.update_epochs(setup, state.learner, batch, state.key)[0]
 
-def measure_parts(setup: trudi.Setup, state: trudi.TrainState, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every part but the whole, each a program of its own."""
-    functions = (simulate, act, make_batch, update_epochs)
+def measure_parts(
+    setup: trudi.Setup, state: trudi.TrainState, repeats: int
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of every part but the whole, each a program of its own; the share of environments that ended."""
+    functions = (simulate, act, refill, make_batch, update_epochs)
     programs = [jax.jit(jax.vmap(functools.partial(f, setup))) for f in functions]
     data = programs[1](state)
-    batch = programs[2](state, data)
-    arguments = {"simulator alone": (state,), "rollout": (state,), "targets": (state, data),
-                 "update": (state, batch)}
-    return {name: measure(program, inputs, repeats)
-            for program, (name, inputs) in zip(programs, arguments.items(), strict=True)}
+    batch = programs[3](state, data)
+    arguments = {"simulator alone": (state,), "rollout": (state,), "new starts": (state, data),
+                 "targets": (state, data), "update": (state, batch)}
+    seconds = {name: measure(program, inputs, repeats)
+               for program, (name, inputs) in zip(programs, arguments.items(), strict=True)}
+    return seconds, float((data.terminated | data.truncated).any(1).mean())
 
 # -------------------------------------------------------------------------------------------- whole iteration
 def compile_iteration(
@@ -200,8 +209,9 @@ def report(results: dict[str, Any], title: str) -> str:
         rows.append((name, f"{rate[0]:,.0f}", f"{rate[1]:,.0f} to {rate[2]:,.0f}",
                      f"{np.median(seconds):.3f}"))
     text = markdown_table((title, "steps/s (median)", "slowest to fastest", "seconds per iteration"), rows)
-    facts = [(f"{name} an iteration", f"{seconds:.1f} s")
-             for name, seconds in results["compile_seconds"].items()]
+    facts = [("environments whose episode ended in a rollout", f"{results['episodes_ended']:.1%}")]
+    facts += [(f"{name} an iteration", f"{seconds:.1f} s")
+              for name, seconds in results["compile_seconds"].items()]
     for name, x in results["start_seconds"].items():
         seconds = f"{x['first_iteration_logged']:.1f} s (of which compiling {x['compile']:.1f} s)"
         facts.append((f"start to first logged iteration, {name}", seconds))
@@ -223,14 +233,15 @@ def main() -> None:
     iteration, state = measure_iteration(program, state, options.repeats)
     device = setup.mesh.devices.flat[0]
     memory = peak_memory(device)
-    seconds = {**measure_parts(setup, state, options.repeats), "whole iteration": iteration}
+    parts, ended = measure_parts(setup, state, options.repeats)
+    seconds = {**parts, "whole iteration": iteration}
     # after all else: the iteration takes the state
     profile = profiled(program, state) if options.profile else []
     steps = args.batch_size * args.num_seeds
     rates = {name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x))
              for name, x in seconds.items()}
     results = {"args": shown_args(args), "steps": steps, "steps_per_second": rates, "seconds": seconds,
-               "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory,
+               "episodes_ended": ended, "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory,
                "profile": profile, "matmul_precision": jax.config.jax_default_matmul_precision}
     kind = re.sub(r"\W+", "_", device.device_kind.lower())
     path = pathlib.Path(options.output or RESULTS / f"throughput_{args.env_id}_{kind}.json")
