@@ -206,6 +206,8 @@ class Args:
     """run folder to continue, with its own arguments"""
     evaluate: str | None = None
     """run folder to evaluate, without training"""
+    export: str | None = None
+    """with --evaluate: write the policy to this file, as ONNX, in place of evaluating it"""
 
     # Computed
     batch_size: tyro.conf.Suppress[int] = 0
@@ -215,11 +217,11 @@ class Args:
 
 
 COMPUTED = ("batch_size", "num_iterations")  # from other arguments
-COMMAND_LINE_ONLY = ("compilation_cache_dir",)  # code is loaded from there
+COMMAND_LINE_ONLY = ("compilation_cache_dir", "export")  # where code is loaded from, where a file goes
 MAY_CHANGE = (
     "device num_devices num_workers compilation_cache_dir total_timesteps eval_mode ode_score_scale "
     "best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track wandb_project_name "
-    "wandb_entity resume evaluate batch_size num_iterations"
+    "wandb_entity resume evaluate export batch_size num_iterations"
 ).split()
 
 
@@ -300,6 +302,20 @@ def check_args(args: Args) -> None:
     """Exit with code 2 on flags with which no run can be made."""
     check_numbers(args)
     check_sizes(args)
+    if args.export:
+        check_export(args)
+
+
+def check_export(args: Args) -> None:
+    """Exit with code 2 where there is no policy to export or nothing to do it with."""
+    if not args.evaluate:
+        fail(f"--export {args.export} needs --evaluate RUN, whose policy it writes")
+    if args.eval_mode == "best-of-k":
+        fail("--export writes what --eval-mode ode or sde does; best-of-k would need the critic, too")
+    if not util.find_spec("jax2onnx"):
+        fail("--export needs jax2onnx; pip install jax2onnx")
+    if not pathlib.Path(args.export).resolve().parent.is_dir():
+        fail(f"--export {args.export}: there is no such folder")
 
 
 def check_numbers(args: Args) -> None:
@@ -360,6 +376,8 @@ class Task(NamedTuple):
     observation_size: int
     success_bar: float | None  # the return that HumanoidBench counts as a success
     fps: int  # of a video
+    action_low: np.ndarray  # (A,), of its own box, which [-1, 1] stands for
+    action_high: np.ndarray  # (A,)
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
@@ -400,6 +418,8 @@ def load_setup(args: Args) -> Setup:
         observation_size=env.observation_space.shape[0],
         success_bar=getattr(getattr(env.unwrapped, "task", None), "success_bar", None),
         fps=env.metadata.get("render_fps", 30),
+        action_low=env.unwrapped.action_space.low,
+        action_high=env.unwrapped.action_space.high,
     )
     mesh = jax.sharding.Mesh(jax.local_devices()[: args.num_devices], ("env",))
     return Setup(args, task, env.action_space.shape[0], env.spec.max_episode_steps, mesh)
@@ -1201,6 +1221,68 @@ def save_video(setup: Setup, frames: list[np.ndarray], path: pathlib.Path) -> No
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
+def deployed_policy(args: Args, actor: Actor, moments: Array) -> Callable:
+    """The policy of --eval-mode as a function of raw observations (B, O) and standard normals.
+
+    These are (B, A) for ode and (B, N + 1, A) for sde; moments (2, O) are those of the observations.
+    """
+    statistics = Statistics(jnp.zeros(()), moments)
+
+    def policy(observation: Array, noise: Array) -> Array:
+        observation = normalize(statistics, observation)
+        if args.eval_mode == "ode":
+            action = ode_action(actor, observation, noise, args.ode_score_scale)
+        else:
+            action = sample_chain(actor, observation, jnp.moveaxis(noise, 1, 0)).action
+        return jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT)
+
+    return policy
+
+
+def write_policy(args: Args, policy: Callable, sizes: tuple[int, int], facts: dict[str, Any]) -> None:
+    """Write a policy of O and A numbers to --export, with these facts and the run's as metadata."""
+    observation_size, action_size = sizes
+    noise = [action_size]
+    if args.eval_mode == "sde":
+        noise = [args.num_diffusion_steps + 1, action_size]
+    with jax.disable_jit():  # unrolls the chain: a scan from N to 1 has no counterpart in ONNX
+        model = import_module("jax2onnx").to_onnx(
+            policy,
+            inputs=[("B", observation_size), ("B", *noise)],
+            input_names=["observation", "noise"],
+            output_names=["action"],
+        )
+    run = ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps")
+    facts = {**{name: getattr(args, name) for name in run}, **facts}
+    facts |= {name: provenance()[name] for name in ("script", "git_commit")}
+    onnx = import_module("onnx")
+    onnx.helper.set_model_props(model, {name: str(value) for name, value in facts.items()})
+    try:
+        onnx.save(model, args.export)
+    except OSError as error:
+        fail(f"--export {args.export} cannot be written ({error})")
+    print(f"{args.export}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
+
+
+def export_policy(setup: Setup, state: TrainState) -> None:
+    """Write the policy to --export, with actions as the environment's own box has them."""
+    task = setup.env
+    moments = state.statistics.moments
+    policy = deployed_policy(setup.args, state.learner.actor, moments)
+    half = (task.action_high - task.action_low) / 2
+    middle = task.action_low + half
+
+    def rescaled(observation: Array, noise: Array) -> Array:
+        return middle + half * policy(observation, noise)
+
+    facts = {
+        "step": int(state.iteration) * setup.args.batch_size,
+        "action_low": task.action_low.tolist(),
+        "action_high": task.action_high.tolist(),
+    }
+    write_policy(setup.args, rescaled, (task.observation_size, setup.action_size), facts)
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
     leaves = jax.tree.leaves_with_path(tree)
@@ -1598,6 +1680,9 @@ def run(stack: contextlib.ExitStack) -> int:
         print(f"{name}: {value}", flush=True)
     setup = load_setup(args)
     state = make_state(setup, saved)
+    if args.export:
+        export_policy(setup, state)
+        return 0
     programs = make_programs(setup)
     eval_envs = Simulators(setup, args.num_eval_envs, find_render_mode(args))
     stack.callback(eval_envs.close)

@@ -199,6 +199,8 @@ class Args:
     """run folder to continue, with its own arguments"""
     evaluate: str | None = None
     """run folder to evaluate, without training"""
+    export: str | None = None
+    """with --evaluate: write the policy to this file, as ONNX, in place of evaluating it"""
 
     # Computed
     batch_size: tyro.conf.Suppress[int] = 0
@@ -208,11 +210,11 @@ class Args:
 
 
 COMPUTED = ("batch_size", "num_iterations")  # from other arguments
-COMMAND_LINE_ONLY = ()  # what a run's folder does not decide
+COMMAND_LINE_ONLY = ("export",)  # what a run's folder does not decide
 MAY_CHANGE = (
     "device compile total_timesteps eval_mode ode_score_scale best_of_k eval_interval num_eval_envs "
-    "checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate batch_size "
-    "num_iterations"
+    "checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate export "
+    "batch_size num_iterations"
 ).split()
 
 
@@ -282,6 +284,22 @@ def check_args(args: Args) -> None:
     """Exit with code 2 on flags with which no run can be made."""
     check_numbers(args)
     check_sizes(args)
+    if args.export:
+        check_export(args)
+
+
+def check_export(args: Args) -> None:
+    """Exit with code 2 where there is no policy to export or nothing to do it with."""
+    if not args.evaluate:
+        fail(f"--export {args.export} needs --evaluate RUN, whose policy it writes")
+    if args.eval_mode == "best-of-k":
+        fail("--export writes what --eval-mode ode or sde does; best-of-k would need the critic, too")
+    if WORLD > 1:
+        fail(f"--export is for one process, not {WORLD}")
+    if not util.find_spec("onnxscript"):
+        fail("--export needs onnxscript; pip install onnxscript")
+    if not pathlib.Path(args.export).resolve().parent.is_dir():
+        fail(f"--export {args.export}: there is no such folder")
 
 
 def check_numbers(args: Args) -> None:
@@ -1133,6 +1151,68 @@ def evaluate(setup: Setup, state: TrainState, folder: pathlib.Path) -> Metrics:
     return setup.eval_env.play(policy, state.iteration, folder)
 
 
+# ---------------------------------------------------------------------------------------------------- export
+class DeployedPolicy(nn.Module):
+    """The policy of --eval-mode as a function of raw observations (B, O) and standard normals.
+
+    These are (B, A) for ode and (B, N + 1, A) for sde. Of the observations it wants what the actor sees.
+    """
+
+    def __init__(self, args: Args, actor: Actor, statistics: Statistics, action_scale: float):
+        super().__init__()
+        self.args = args
+        self.actor = actor
+        self.statistics = statistics
+        self.action_scale = action_scale
+
+    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """Actions (B, A) as the environment takes them."""
+        observation = normalize(self.statistics, observation)
+        if self.args.eval_mode == "ode":
+            action = ode_action(self.actor, observation, noise, self.args.ode_score_scale)
+        else:
+            action = sample_chain(self.actor, observation, noise.movedim(1, 0)).action
+        return self.action_scale * action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+
+def deployed_policy(setup: Setup, state: TrainState, action_scale: float) -> DeployedPolicy:
+    """The policy alone, on the CPU."""
+    mean = state.statistics.mean[: setup.actor_sees].cpu()
+    variance = state.statistics.variance[: setup.actor_sees].cpu()
+    actor = copy.deepcopy(state.learner.actor).cpu()
+    return DeployedPolicy(setup.args, actor, Statistics(state.statistics.count, mean, variance), action_scale)
+
+
+@torch.no_grad()
+def export_policy(setup: Setup, state: TrainState, action_scale: float, terms: Sequence[str]) -> None:
+    """Write the policy to --export as ONNX; what it is, and its observation's terms, as metadata."""
+    args = setup.args
+    noise = [setup.action_size]
+    if args.eval_mode == "sde":
+        noise = [args.num_diffusion_steps + 1, setup.action_size]
+    size = torch.export.Dim("B")
+    program = torch.onnx.export(
+        deployed_policy(setup, state, action_scale).eval(),
+        (torch.zeros(2, setup.actor_sees), torch.zeros(2, *noise)),
+        input_names=["observation", "noise"],
+        output_names=["action"],
+        dynamic_shapes=({0: size}, {0: size}),
+        dynamo=True,
+        verbose=False,
+    )
+    run = ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps")
+    facts = {name: getattr(args, name) for name in run}
+    facts |= {name: provenance()[name] for name in ("script", "git_commit")}
+    facts |= {"step": state.iteration * args.batch_size, "action_scale": action_scale}
+    facts |= {"observation_terms": json.dumps(terms)}
+    program.model.metadata_props.update({name: str(value) for name, value in facts.items()})
+    try:
+        program.save(args.export)
+    except OSError as error:
+        fail(f"--export {args.export} cannot be written ({error})")
+    print(f"{args.export}: {', '.join(f'{name} {value}' for name, value in facts.items())}", flush=True)
+
+
 # ----------------------------------------------------------------------------------------------- checkpoints
 SAVED = "actor critic log_duals actor_optimizer critic_optimizer dual_optimizer".split()  # of a Learner
 
@@ -1578,7 +1658,9 @@ def main() -> None:
     setup = make_setup(args, device)
     state, programs = prepare(setup, saved)
     code = 0
-    if args.evaluate:
+    if args.export:
+        export_policy(setup, state, 1.0, ())
+    elif args.evaluate:
         print(json.dumps(averages(evaluate(setup, state, pathlib.Path(args.evaluate)))))
     else:
         setup.env.start(state.iteration)

@@ -221,6 +221,8 @@ class Args:
     """run folder to continue, with its own arguments"""
     evaluate: str | None = None
     """run folder to evaluate, without training"""
+    export: str | None = None
+    """with --evaluate: write the policy to this file, as ONNX, in place of evaluating it"""
 
     # Computed
     batch_size: tyro.conf.Suppress[int] = 0
@@ -1279,6 +1281,20 @@ def check_args(args: Args) -> None:
     """Exit with code 2 on flags with which no run can be made."""
     check_numbers(args)
     check_sizes(args)
+    if args.export:
+        check_export(args)
+
+
+def check_export(args: Args) -> None:
+    """Exit with code 2 where there is no policy to export or nothing to do it with."""
+    if not args.evaluate:
+        fail(f"--export {args.export} needs --evaluate RUN, whose policy it writes")
+    if args.eval_mode == "best-of-k":
+        fail("--export writes what --eval-mode ode or sde does; best-of-k would need the critic, too")
+    if not util.find_spec("jax2onnx"):
+        fail("--export needs jax2onnx; pip install jax2onnx")
+    if not pathlib.Path(args.export).resolve().parent.is_dir():
+        fail(f"--export {args.export}: there is no such folder")
 
 
 def check_numbers(args: Args) -> None:
@@ -1367,6 +1383,58 @@ def write_video(setup: Setup, frames: tuple, path: pathlib.Path) -> None:
     mediapy.write_video(path, pictures, fps=1 / (stride * setup.env.dt))
 
 
+def deployed_policy(args: Args, actor: Actor, moments: Array) -> Callable:
+    """The policy of --eval-mode as a function of raw observations (B, O) and standard normals.
+
+    These are (B, A) for ode and (B, N + 1, A) for sde; moments (2, O) are those of the observations.
+    """
+    statistics = Statistics(jnp.zeros(()), moments)
+
+    def policy(observation: Array, noise: Array) -> Array:
+        observation = normalize(statistics, observation)
+        if args.eval_mode == "ode":
+            action = ode_action(actor, observation, noise, args.ode_score_scale)
+        else:
+            action = sample_chain(actor, observation, jnp.moveaxis(noise, 1, 0)).action
+        return jnp.clip(action, -ACTION_LIMIT, ACTION_LIMIT)
+
+    return policy
+
+
+def write_policy(args: Args, policy: Callable, sizes: tuple[int, int], facts: dict[str, Any]) -> None:
+    """Write a policy of O and A numbers to --export, with these facts and the run's as metadata."""
+    observation_size, action_size = sizes
+    noise = [action_size]
+    if args.eval_mode == "sde":
+        noise = [args.num_diffusion_steps + 1, action_size]
+    with jax.disable_jit():  # unrolls the chain: a scan from N to 1 has no counterpart in ONNX
+        model = import_module("jax2onnx").to_onnx(
+            policy,
+            inputs=[("B", observation_size), ("B", *noise)],
+            input_names=["observation", "noise"],
+            output_names=["action"],
+        )
+    run = ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps")
+    facts = {**{name: getattr(args, name) for name in run}, **facts}
+    facts |= {name: provenance()[name] for name in ("script", "git_commit")}
+    onnx = import_module("onnx")
+    onnx.helper.set_model_props(model, {name: str(value) for name, value in facts.items()})
+    try:
+        onnx.save(model, args.export)
+    except OSError as error:
+        fail(f"--export {args.export} cannot be written ({error})")
+    print(f"{args.export}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
+
+
+def export_policy(setup: Setup, state: TrainState) -> None:
+    """Write the first seed's policy to --export; a task with privileged observations has the actor's alone."""
+    learner, statistics = jax.tree.map(lambda x: x[0], (state.learner, state.statistics))
+    moments = network_inputs(statistics.moments).actor
+    policy = deployed_policy(setup.args, learner.actor, moments)
+    facts = {"step": int(state.iteration[0]) * setup.args.batch_size, "action_scale": 1.0}
+    write_policy(setup.args, policy, (moments.shape[-1], setup.action_size), facts)
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """A tree's leaves by dotted names; without the empty ones, which Orbax refuses."""
     leaves = jax.tree.leaves_with_path(tree)
@@ -1438,11 +1506,11 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 
 COMPUTED = ("batch_size", "num_iterations")  # from other arguments
-COMMAND_LINE_ONLY = ("compilation_cache_dir",)  # code is loaded from there
+COMMAND_LINE_ONLY = ("compilation_cache_dir", "export")  # where code is loaded from, where a file goes
 MAY_CHANGE = (
     "device num_workers num_devices compilation_cache_dir total_timesteps eval_mode ode_score_scale "
     "best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track wandb_project_name "
-    "wandb_entity resume evaluate batch_size num_iterations"
+    "wandb_entity resume evaluate export batch_size num_iterations"
 ).split()
 
 
@@ -1815,6 +1883,9 @@ def main() -> None:
     setup = make_setup(args)
     began = time.perf_counter()
     state, shardings = prepare(setup, saved)
+    if args.export:
+        export_policy(setup, state)
+        return
     programs = compile_programs(setup, state, shardings)
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
     if args.evaluate:

@@ -40,6 +40,8 @@ VALUE_BASED = (
 OWN |= dict.fromkeys(("ppo_mjx", "spo_mjx"), VALUE_BASED + " train")
 OWN |= {"dppo_mjx": VALUE_BASED + " Trajectory Chain sample_chain",
         "fpo_mjx": VALUE_BASED + " TIME_FEATURES iterate train"}
+NO_EXPORT = " MAY_CHANGE COMMAND_LINE_ONLY check_args main"  # which trudi_mjx.py alone does
+OWN = {name: words + NO_EXPORT for name, words in OWN.items()}
 NAMES = sorted(OWN)
 SIZES = dict(preset="cpu", num_envs=16, num_steps=8, minibatch_size=64, hidden_dim=16, num_eval_envs=4, total_timesteps=1280)
 

@@ -13,6 +13,7 @@ import faulty  # noqa: F401, its environments
 import gymnasium as gym
 import jax
 import numpy as np
+import onnxruntime
 import pytest
 from test_runs import TIMES, Runner, assert_close, curve, metrics
 
@@ -453,6 +454,9 @@ def test_ctrl_c_saves_and_a_killed_run_goes_on(runner):
     assert times == sorted(times) and all(name in events[-1] for name in TIMES)
     out, _ = runner.run("--evaluate", str(folder), "--eval-mode", "sde")
     assert json.loads(out.splitlines()[-1])["eval/episodic_length"] > 0
+    runner.run("--evaluate", str(folder), "--export", str(runner.folder / "policy.onnx"))
+    session = onnxruntime.InferenceSession(str(runner.folder / "policy.onnx"))
+    assert session.get_modelmeta().custom_metadata_map["step"] == str(events[-1]["step"])
 
 
 def test_a_failing_environment_ends_the_run_but_not_its_checkpoints(runner):

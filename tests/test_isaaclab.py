@@ -16,6 +16,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -368,6 +369,11 @@ def test_command_line(cartpole, tmp_path):
     finish(start("--resume", cartpole, *CARTPOLE, "--total-timesteps", 96))
     assert [event["step"] for event in events(cartpole)] == list(range(16, 97, 16))
     assert events(cartpole)[:4] == found
+    finish(start("--evaluate", cartpole, *CARTPOLE, "--export", tmp_path / "policy.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"))
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["step"] == str(events(cartpole)[-1]["step"])
+    assert json.loads(facts["observation_terms"])
     out, _ = finish(start("--evaluate", cartpole, *CARTPOLE, "--eval-mode", "sde"))
     result = next(json.loads(line) for line in out.splitlines() if line.startswith('{"eval'))
     assert set(result) == {"eval/episodic_return", "eval/episodic_return_std", "eval/episodic_length"}

@@ -16,6 +16,7 @@ from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -492,6 +493,10 @@ def test_command_line(tmp_path):
     assert [event["step"] for event in events(run)] == list(range(16, 161, 16))
     assert events(run)[:8] == found
     before = sorted(path.name for path in run.iterdir())
+    finish(start("--evaluate", run, "--export", tmp_path / "policy.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"))
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["step"] == str(events(run)[-1]["step"])
     out, _ = finish(start("--evaluate", run, "--eval-mode", "sde", "--num-eval-envs", 4))
     assert set(json.loads(out.splitlines()[-1])) >= {
         "eval/success_once",

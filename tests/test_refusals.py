@@ -218,14 +218,32 @@ def test_code_that_a_folder_names_is_not_run(run, capsys, monkeypatch, tmp_path)
     """Neither a task's module nor programs that were compiled before, unless the command line names them too."""
     own = str(tmp_path / "mine")
     assert parse(monkeypatch, "--evaluate", run, "--compilation-cache-dir", own).compilation_cache_dir == own
-    change(run, compilation_cache_dir=str(run / "cache"))
+    change(run, compilation_cache_dir=str(run / "cache"), export=str(tmp_path / "overwritten"))
     assert parse(monkeypatch, "--evaluate", run).compilation_cache_dir == trudi.Args().compilation_cache_dir
+    assert parse(monkeypatch, "--evaluate", run).export is None
     change(run, env_id="own_tasks:Point")
     for flags in (["--evaluate", run], ["--resume", run, "--env-id", "own_tasks:Cliff"]):
         with pytest.raises(SystemExit) as stop:
             parse(monkeypatch, *flags)
         assert "own_tasks:Point; give that flag too" in refusal(stop.value.code, capsys.readouterr().err)
     assert parse(monkeypatch, "--evaluate", run, "--env-id", "own_tasks:Point").env_id == "own_tasks:Point"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--export", "p.onnx"], "needs --evaluate"),
+    (["--evaluate", "RUN", "--export", "p.onnx", "--eval-mode", "best-of-k"], "--eval-mode ode or sde"),
+    (["--evaluate", "RUN", "--export", "nosuch/p.onnx"], "no such folder")], ids=["run", "mode", "folder"])
+def test_what_cannot_be_exported(flags, message, run, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, *[run if word == "RUN" else word for word in flags])
+    assert message in refusal(stop.value.code, capsys.readouterr().err)
+
+
+def test_export_without_its_exporter(run, capsys, monkeypatch):
+    monkeypatch.setattr(trudi.util, "find_spec", lambda name: None if name == "jax2onnx" else name)
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, "--evaluate", run, "--export", "p.onnx")
+    assert "pip install jax2onnx" in refusal(stop.value.code, capsys.readouterr().err)
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(monkeypatch, tmp_path):

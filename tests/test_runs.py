@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import trudi_mjx as trudi
@@ -172,6 +173,15 @@ def test_evaluate(runner, cliff, mode):
     assert 0 < result["eval/episodic_return"][0] <= 20 and 0 < result["eval/episodic_length"][0] <= 20
     if mode == "ode":  # the same episodes as the run's own last evaluation
         np.testing.assert_allclose(result["eval/episodic_return"][0], metrics(cliff)[-1]["eval/episodic_return"], rtol=1e-4)
+    assert sorted(cliff.rglob("*")) == before
+
+
+def test_export(runner, cliff, tmp_path):
+    before = sorted(cliff.rglob("*"))
+    runner.run("--evaluate", str(cliff), "--export", str(tmp_path / "policy.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"))
+    assert session.get_modelmeta().custom_metadata_map["step"] == str(metrics(cliff)[-1]["step"])
+    assert [x.name for x in session.get_inputs()] == ["observation", "noise"]
     assert sorted(cliff.rglob("*")) == before
 
 
