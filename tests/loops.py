@@ -136,7 +136,8 @@ class HumanoidBench(Mjx):
     env_id = "corridor:Corridor-v0"
 
     def task(self):
-        return self.script.Task(corridor.PLACES, None, 30)
+        one = np.ones(1, np.float32)
+        return self.script.Task(corridor.PLACES, None, 30, -one, one)
 
     def start(self):
         self.envs = self.simulators(self.setup.args.num_envs)

@@ -63,7 +63,8 @@ def trained():
                       total_timesteps=STATES * ITERATIONS)
     duals = {name: jnp.log(trudi.INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
     actor, duals, first = train(args, trudi.Actor(args, 1, 1, trudi.nnx.Rngs(1)), duals)
-    actor, duals, last = train(dataclasses.replace(args, actor_learning_rate=3e-4), actor, duals)  # settles
+    settling = dataclasses.replace(args, actor_learning_rate=3e-4, dual_learning_rate=1e-3)
+    actor, duals, last = train(settling, actor, duals)
     return actor, duals, np.concatenate([first, last])
 
 

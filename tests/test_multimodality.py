@@ -23,7 +23,10 @@ from mani_skill.vector.wrappers.gymnasium import ManiSkillVectorEnv  # noqa: E40
 without_vulkan.stub_materials()
 mani_skill.logger.setLevel("ERROR")
 
+import trudi_maniskill  # noqa: E402
 from benchmark.multimodality import behavior_entropy, push_t, stack_cube  # noqa: E402
+
+trudi_maniskill.leave_table_unpainted()
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASKS = {
