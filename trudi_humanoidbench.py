@@ -4,6 +4,7 @@
 #     "flax>=0.12",
 #     "gymnasium[mujoco]>=1.0",
 #     "imageio-ffmpeg>=0.5",
+#     "jax2onnx>=0.17",
 #     "jax>=0.10",
 #     "optax>=0.2.5",
 #     "orbax-checkpoint>=0.11.20",

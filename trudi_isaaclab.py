@@ -3,6 +3,7 @@
 # dependencies = [
 #     "imageio[ffmpeg]>=2.34",
 #     "mjlab==1.6.0",
+#     "onnxscript>=0.7",
 #     "tensorboard>=2.18",
 #     "tensorboardx>=2.6.2",
 #     "tensordict>=0.10",

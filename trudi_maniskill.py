@@ -2,6 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "mani-skill==3.0.1",
+#     "onnxscript>=0.7",
 #     "tensorboard>=2.18",
 #     "tensorboardx>=2.6.2",
 #     "tensordict>=0.10",
@@ -242,9 +243,7 @@ def check_task(env_id: str) -> None:
 
 
 if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
-    given = tyro.cli(Args)
-    if not (given.resume or given.evaluate):
-        check_task(given.env_id)
+    check_task(tyro.cli(Args).env_id)
 
 import numpy as np
 import tensorboardX

@@ -3,6 +3,7 @@
 # dependencies = [
 #     "flax>=0.12",
 #     "imageio-ffmpeg>=0.5",
+#     "jax2onnx>=0.17",
 #     "jax>=0.10",
 #     "mediapy>=1.2",
 #     "mjbatch==0.1.0",
@@ -263,9 +264,7 @@ def check_task(env_id: str) -> None:
 
 
 if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
-    given = tyro.cli(Args)
-    if not (given.resume or given.evaluate):
-        check_task(given.env_id)
+    check_task(tyro.cli(Args).env_id)
 
 import jax
 import jax.numpy as jnp
@@ -1426,8 +1425,8 @@ def write_policy(args: Args, policy: Callable, sizes: tuple[int, int], facts: di
     print(f"{args.export}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
 
 
-def export_policy(setup: Setup, state: TrainState) -> None:
-    """Write the first seed's policy to --export; a task with privileged observations has the actor's alone."""
+def export_first_seed(setup: Setup, state: TrainState) -> None:
+    """Write the first seed's policy to --export; of privileged observations it wants the actor's alone."""
     learner, statistics = jax.tree.map(lambda x: x[0], (state.learner, state.statistics))
     moments = network_inputs(statistics.moments).actor
     policy = deployed_policy(setup.args, learner.actor, moments)
@@ -1884,7 +1883,7 @@ def main() -> None:
     began = time.perf_counter()
     state, shardings = prepare(setup, saved)
     if args.export:
-        export_policy(setup, state)
+        export_first_seed(setup, state)
         return
     programs = compile_programs(setup, state, shardings)
     print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)

@@ -85,7 +85,7 @@ def without_infrastructure(text):
          "        stop = received[0] if received else 0\n"),
         (between(text, "    join_hosts()\n", "    if args.compilation_cache_dir"),
          "    args = resolve(tyro.cli(Args))\n    saved = {}\n"),
-        (between(text, "    if args.export:\n        export_policy", "    programs = compile"), ""),
+        (between(text, "    if args.export:\n        export_first", "    programs = compile"), ""),
         (between(text, "    if args.evaluate:\n", "    sys.exit(train("), ""),
     ]
     for old, new in cuts:

@@ -228,9 +228,7 @@ def check_task(env_id: str) -> None:
 
 
 if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
-    given = tyro.cli(Args)
-    if not (given.resume or given.evaluate):
-        check_task(given.env_id)
+    check_task(tyro.cli(Args).env_id)
 
 import jax
 import jax.numpy as jnp
