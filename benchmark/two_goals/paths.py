@@ -1,0 +1,164 @@
+"""Which of the goals do trained policies go to? Episodes from the place between them, and a picture of the paths.
+
+    python benchmark/two_goals/paths.py RUN ... --output benchmark/results/two_goals
+
+RUN are folders of runs on benchmark.two_goals's tasks, of trudi_mjx.py or a baseline. Each run's newest checkpoint
+plays --episodes episodes by its first --eval-mode, which is deterministic but for the noise a^N of a diffusion policy,
+and by its second, samples. An episode has found the goal that it ends within 0.2 of. For each are printed the
+return, the share that found one, and the entropy of which one it was, to the base of their number: 1 if all are
+found equally often, 0 if but one is.
+
+Results go to OUTPUT.json and .md; OUTPUT.png has the paths of the first seed of each task and algorithm.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+import pandas as pd
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from common import RESULTS, markdown_table, write_json  # noqa: E402
+
+FOUND = 0.2  # distance from a goal
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Play trained policies from the place between the goals."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]  # their folders
+    episodes: int = 200
+    seed: int = 0  # of the policies' noise
+    output: str = str(RESULTS / "two_goals")  # results, without .json, .md and .png
+
+
+def load(run: str) -> tuple[Any, Any, Any]:
+    """The script of a run, its setup and the training state of its newest checkpoint (K, ...)."""
+    name = json.loads(pathlib.Path(run, "args.json").read_text())["script"]
+    script = importlib.import_module(name if name == "trudi_mjx" else f"benchmark.baselines.{name}")
+    args = dataclasses.replace(script.read_args(run), device="cpu")
+    setup = script.make_setup(script.resolve(args))
+    state, _ = script.prepare(setup, script.read_checkpoint(run))
+    return script, setup, state
+
+
+def play(script: Any, setup: Any, state: Any, mode: str, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Places (T, episodes, 2) and rewards (T, episodes) of episodes of a state's first seed."""
+    setup = setup._replace(args=dataclasses.replace(setup.args, eval_mode=mode))
+    learner, statistics = jax.tree.map(lambda x: x[0], (state.learner, state.statistics))
+    key = jax.random.PRNGKey(options.seed)
+    sim = jax.vmap(setup.env.reset)(jax.random.split(key, options.episodes))
+    sim = sim.replace(obs=0 * sim.obs)
+
+    def step(sim: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        inputs = script.network_inputs(script.normalize(statistics, sim.obs))
+        action = script.evaluation_action(setup, learner, inputs, key)
+        sim = jax.vmap(setup.env.step)(sim, action.clip(-script.ACTION_LIMIT, script.ACTION_LIMIT))
+        return sim, (sim.obs, sim.reward)
+
+    keys = jax.random.split(key, setup.time_limit)
+    places, rewards = jax.jit(lambda sim: jax.lax.scan(step, sim, keys))(sim)[1]
+    return np.asarray(places), np.asarray(rewards)
+
+
+def found_goals(places: np.ndarray, goals: np.ndarray) -> list[int]:
+    """How many episodes end at each of the goals (G, 2), by their places (T, E, 2)."""
+    distance = np.linalg.norm(places[-1][:, None] - goals, axis=-1)
+    nearest = distance.argmin(1)[distance.min(1) < FOUND]
+    return np.bincount(nearest, minlength=len(goals)).tolist()
+
+
+def behaviour_entropy(counts: list[int]) -> float:
+    """Of which goal was found, to the base of their number; NaN if none ever was."""
+    share = np.array(counts) / max(sum(counts), 1)
+    if not share.any():
+        return math.nan
+    share = share[share > 0]
+    return float(-(share * np.log(share)).sum() / math.log(len(counts))) + 0.0
+
+
+def measure(run: str, options: Options) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """A row for each way of acting, and its places."""
+    script, setup, state = load(run)
+    goals = np.asarray(setup.env.goals)
+    rows, paths = [], {}
+    for mode in script.Args.__annotations__["eval_mode"].__args__[:2]:
+        places, rewards = play(script, setup, state, mode, options)
+        counts = found_goals(places, goals)
+        rows.append(
+            {
+                "task": setup.args.env_id.rpartition(":")[2],
+                "algorithm": setup.args.exp_name,
+                "seed": setup.args.seed,
+                "acts": mode,
+                "return": float(rewards.sum(0).mean()),
+                "found": sum(counts) / options.episodes,
+                "goals": counts,
+                "entropy": behaviour_entropy(counts),
+            }
+        )
+        paths[mode] = places
+    return rows, {"goals": goals, **paths}
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """Means over the seeds, and each seed's entropy."""
+    rows = []
+    for names, group in table.groupby(["task", "algorithm", "acts"], sort=False):
+        means = [f"{group[name].mean():.2f}" for name in ("return", "found", "entropy")]
+        rows.append((*names, str(len(group)), *means, ", ".join(f"{x:.2f}" for x in group["entropy"])))
+    header = ("task", "algorithm", "acts by", "seeds", "return", "found a goal", "entropy", "by seed")
+    return markdown_table(header, rows)
+
+
+def draw(table: pd.DataFrame, paths: dict[tuple[str, str], dict[str, np.ndarray]], path: pathlib.Path) -> None:
+    """The paths of each task's (rows) and algorithm's (columns) two ways of acting, one above the other."""
+    tasks, algorithms = (list(dict.fromkeys(table[name])) for name in ("task", "algorithm"))
+    shape = (2 * len(tasks), len(algorithms))
+    figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1], 2.2 * shape[0]), squeeze=False)
+    for (task, algorithm), found in paths.items():
+        column = algorithms.index(algorithm)
+        for row, mode in enumerate(name for name in found if name != "goals"):
+            panel = axes[2 * tasks.index(task) + row, column]
+            centre = np.zeros((1, *found[mode].shape[1:]))
+            panel.plot(*np.concatenate([centre, found[mode]]).transpose(2, 0, 1), color="#2a6f97", alpha=0.15, linewidth=0.6)
+            panel.plot(*found["goals"].T, "o", color="#c44e52")
+            panel.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect="equal", title=f"{algorithm}, {mode}")
+            panel.title.set_fontsize(8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Play, and write table and picture."""
+    options = tyro.cli(Options)
+    rows: list[dict[str, Any]] = []
+    paths: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for run in options.runs:
+        own, found = measure(run, options)
+        rows += own
+        paths.setdefault((own[0]["task"], own[0]["algorithm"]), found)
+    table = pd.DataFrame(rows)
+    output = pathlib.Path(options.output)
+    write_json(output.with_suffix(".json"), {"episodes": options.episodes, "rows": rows})
+    text = as_markdown(table)
+    output.with_suffix(".md").write_text(text)
+    print(text)
+    draw(table, paths, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
