@@ -65,12 +65,12 @@ def test_a_run_is_played_from_the_middle(tmp_path):
     script = SimpleNamespace(**{**vars(trudi_mjx), "evaluation_action": evaluation_action})
     state = SimpleNamespace(learner=(), statistics=trudi_mjx.Statistics(jnp.ones(1), jnp.ones((1, 2, 2))))
     options = paths.Options(runs=(), episodes=50)
-    places, rewards = paths.play(script, setup, state, "sde", options)
+    places, rewards = paths.play(script, setup, state, dict(eval_mode="sde"), options)
     assert places.shape == (40, 50, 2) and rewards.shape == (40, 50)
     np.testing.assert_allclose(np.abs(places[0]), [[0.0175, 0]] * 50, atol=1e-6)
     counts = paths.found_goals(places, np.asarray(setup.env.goals))
     assert sum(counts) == 50 and min(counts) > 10
-    places, _ = paths.play(script, setup, state, "ode", options)
+    places, _ = paths.play(script, setup, state, dict(eval_mode="ode"), options)
     assert (places == 0).all() and paths.found_goals(places, np.asarray(setup.env.goals)) == [0, 0]
 
 

@@ -3,8 +3,8 @@
     python benchmark/two_goals/paths.py RUN ... --output benchmark/results/two_goals
 
 RUN are folders of runs on benchmark.two_goals's tasks, of trudi_mjx.py or a baseline. Each run's newest checkpoint
-plays --episodes episodes by its first --eval-mode, which is deterministic but for the noise a^N of a diffusion policy,
-and by its second, samples. An episode has found the goal that it ends within 0.2 of. For each are printed the
+plays --episodes episodes by its deterministic --eval-mode (of a diffusion policy, whose noise a^N differs, with c = 1
+and 0.5) and by samples. An episode has found the goal that it ends within 0.2 of. For each are printed the
 return, the share that found one, and the entropy of which one it was, to the base of their number: 1 if all are
 found equally often, 0 if but one is.
 
@@ -55,9 +55,18 @@ def load(run: str) -> tuple[Any, Any, Any]:
     return script, setup, state
 
 
-def play(script: Any, setup: Any, state: Any, mode: str, options: Options) -> tuple[np.ndarray, np.ndarray]:
+def ways_to_act(script: Any) -> dict[str, dict[str, Any]]:
+    """Names and arguments: of a diffusion policy the ODE with both of the paper's c, and samples."""
+    fixed, sampled = script.Args.__annotations__["eval_mode"].__args__[:2]
+    if fixed != "ode":
+        return {mode: dict(eval_mode=mode) for mode in (fixed, sampled)}
+    ways = {f"ode, c = {c}": dict(eval_mode="ode", ode_score_scale=c) for c in (1.0, 0.5)}
+    return ways | {sampled: dict(eval_mode=sampled)}
+
+
+def play(script: Any, setup: Any, state: Any, way: dict[str, Any], options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Places (T, episodes, 2) and rewards (T, episodes) of episodes of a state's first seed."""
-    setup = setup._replace(args=dataclasses.replace(setup.args, eval_mode=mode))
+    setup = setup._replace(args=dataclasses.replace(setup.args, **way))
     learner, statistics = jax.tree.map(lambda x: x[0], (state.learner, state.statistics))
     key = jax.random.PRNGKey(options.seed)
     sim = jax.vmap(setup.env.reset)(jax.random.split(key, options.episodes))
@@ -95,22 +104,22 @@ def measure(run: str, options: Options) -> tuple[list[dict[str, Any]], dict[str,
     script, setup, state = load(run)
     goals = np.asarray(setup.env.goals)
     rows, paths = [], {}
-    for mode in script.Args.__annotations__["eval_mode"].__args__[:2]:
-        places, rewards = play(script, setup, state, mode, options)
+    for name, way in ways_to_act(script).items():
+        places, rewards = play(script, setup, state, way, options)
         counts = found_goals(places, goals)
         rows.append(
             {
                 "task": setup.args.env_id.rpartition(":")[2],
                 "algorithm": setup.args.exp_name,
                 "seed": setup.args.seed,
-                "acts": mode,
+                "acts": name,
                 "return": float(rewards.sum(0).mean()),
                 "found": sum(counts) / options.episodes,
                 "goals": counts,
                 "entropy": behaviour_entropy(counts),
             }
         )
-        paths[mode] = places
+        paths[name] = places
     return rows, {"goals": goals, **paths}
 
 
@@ -125,19 +134,24 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def draw(table: pd.DataFrame, paths: dict[tuple[str, str], dict[str, np.ndarray]], path: pathlib.Path) -> None:
-    """The paths of each task's (rows) and algorithm's (columns) two ways of acting, one above the other."""
+    """The paths of each task and algorithm (columns), its ways of acting one above the other."""
     tasks, algorithms = (list(dict.fromkeys(table[name])) for name in ("task", "algorithm"))
-    shape = (2 * len(tasks), len(algorithms))
+    most = max(map(len, paths.values())) - 1  # ways of acting
+    shape = (most * len(tasks), len(algorithms))
     figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1], 2.2 * shape[0]), squeeze=False)
+    for panel in axes.flat:
+        panel.axis("off")
     for (task, algorithm), found in paths.items():
-        column = algorithms.index(algorithm)
-        for row, mode in enumerate(name for name in found if name != "goals"):
-            panel = axes[2 * tasks.index(task) + row, column]
-            centre = np.zeros((1, *found[mode].shape[1:]))
-            panel.plot(*np.concatenate([centre, found[mode]]).transpose(2, 0, 1), color="#2a6f97", alpha=0.15, linewidth=0.6)
+        first = most * tasks.index(task)
+        for row, way in enumerate(name for name in found if name != "goals"):
+            panel = axes[first + row, algorithms.index(algorithm)]
+            centre = np.zeros((1, *found[way].shape[1:]))
+            across, up = np.concatenate([centre, found[way]]).transpose(2, 0, 1)
+            panel.axis("on")
+            panel.plot(across, up, color="#2a6f97", alpha=0.15, linewidth=0.6)
             panel.plot(*found["goals"].T, "o", color="#c44e52")
-            panel.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect="equal", title=f"{algorithm}, {mode}")
-            panel.title.set_fontsize(8)
+            panel.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect="equal")
+            panel.set_title(f"{algorithm}, {way}", fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
