@@ -34,6 +34,7 @@ class Sizes(trudi.Args):
     wandb_entity: tyro.conf.Suppress[str | None] = None
     resume: tyro.conf.Suppress[str | None] = None
     evaluate: tyro.conf.Suppress[str | None] = None
+    export: tyro.conf.Suppress[str | None] = None
     capture_video: tyro.conf.Suppress[bool] = False
 
     def training_args(self, **changes: Any) -> trudi.Args:

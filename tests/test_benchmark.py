@@ -888,3 +888,14 @@ def test_stages_are_continued_elsewhere(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "logs" / "humanoid_0.log").read_text().count("begun") == 2
     gpu.copy_runs(tmp_path / "out" / "runs", tmp_path / "runs" / "gpu")
     assert (tmp_path / "runs" / "gpu" / "run" / "checkpoints" / "2").is_dir()
+
+
+def test_time_of_an_action(tmp_path):
+    flags = "--observation-size 4 --action-size 2 --hidden-dim 8 --num-diffusion-steps 1 3 --calls 20 --output".split()
+    command = [sys.executable, ROOT / "benchmark/action_time.py", *flags, tmp_path / "time"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "time.json").read_text())["rows"]
+    assert [(row["steps"], row["mode"]) for row in rows] == [(1, "ode"), (1, "sde"), (3, "ode"), (3, "sde")]
+    assert all(0 < row["median_ms"] <= row["percentile_99_ms"] for row in rows)
+    assert (tmp_path / "time.md").read_text().count("\n| ") >= 5
