@@ -331,7 +331,7 @@ def test_dime_alpha():
     for surplus in (-0.4, 0.4):
         gradient = jax.grad(dime.dual_loss)({"log_alpha": jnp.log(0.5)}, args, -2.1 + surplus + jnp.array([-1.0, 1.0]), 3)
         np.testing.assert_allclose(gradient["log_alpha"], 0.5 * surplus, rtol=1e-4)
-    assert {field.name for field in dataclasses.fields(trudi_mjx.Args)} - set(vars(args)) == {"trust_region_bound"}
+    assert {field.name for field in dataclasses.fields(trudi_mjx.Args)} - set(vars(args)) == {"trust_region_bound", "export"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- DPPO
