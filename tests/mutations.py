@@ -113,6 +113,8 @@ TORCH = [
      "fresh = sample_policy(args, old_actor, some.observation)\n    metrics = update_epochs(setup, programs, batch)",
      "metrics = update_epochs(setup, programs, batch)\n    fresh = sample_policy(args, actor, some.observation)",
      "test_loop.py::pytorchs_kl"),
+    ("stored KL of other states", "trajectory_kl(actor, old_actor, some.observation, some.trajectory)",
+     "trajectory_kl(actor, old_actor, some.observation.flip(0), some.trajectory)", "test_loop.py::pytorchs_kl"),
     ("time-outs end", "(truncated[t], value[t], mixture)", "(truncated[t], 0 * value[t], mixture)", "test_loop.py::dynamic"),
     ("evaluation on raw observations", "evaluation_action(setup, state.learner, normalize(state.statistics, observation))",
      "evaluation_action(setup, state.learner, observation)", "test_loop.py::optimum"),

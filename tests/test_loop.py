@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loops import ITERATIONS, SIZES, HumanoidBench, IsaacLab, ManiSkill, Mjx
+from loops import ITERATIONS, SIZES, HumanoidBench, IsaacLab, ManiSkill, Mjx, lively
 from mutations import MUTATIONS, ROOT
 
 GAMMA = SIZES["gamma"]
@@ -176,6 +176,9 @@ def test_logged_kl_is_that_of_the_old_policys_chains(name):
     """Stored and fresh ones, both of the iteration's first policy, at the states of its rollout."""
     loop = loop_of(name, **FAR)
     script = loop.script
+    actor = lively(loop.state.learner.actor, 3)
+    actor.output.kernel[...] *= 20  # acts otherwise in each state
+    loop.state = loop.state._replace(learner=loop.state.learner._replace(actor=actor))
     data = rollout_of(loop)
     seen = script.normalize(loop.state.statistics, data.observation)
     inputs = script.Inputs(seen, seen)
@@ -238,6 +241,9 @@ def test_pytorchs_kl_is_that_of_the_old_policys_chains(name):
     loop = loop_of(name, **FAR)
     script, torch = loop.script, loop.torch
     learner = loop.state.learner
+    for parameter in learner.actor.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    learner.actor.output.weight.data *= 20  # acts otherwise in each state
     learner.old_actor.load_state_dict(learner.actor.state_dict())
     with torch.no_grad():
         data = script.rollout(loop.setup, loop.programs, loop.state.statistics)
