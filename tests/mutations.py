@@ -64,7 +64,7 @@ SHARED = [
 ]
 MJX = [
     ("evaluation on raw observations", "inputs = network_inputs(normalize(state.statistics, now.sim.obs))",
-     "inputs = network_inputs(now.sim.obs)", "test_loop.py::optimum"),
+     "inputs = network_inputs(now.sim.obs)", "test_loop.py::observe_as"),
     ("rollout noise constant over T", "jax.random.split(step_key, setup.args.num_steps)",
      "jnp.stack([step_key] * setup.args.num_steps)", "test_loop.py::every_step"),
     ("next observations for observations", "next_inputs = network_inputs(normalize(statistics, data.next_observation))",
@@ -78,7 +78,7 @@ MJX = [
 ]
 GYM = [
     ("evaluation on raw observations", "inputs = same_inputs(normalize(statistics, observation))\n        return",
-     "inputs = same_inputs(observation)\n        return", "test_loop.py::optimum"),
+     "inputs = same_inputs(observation)\n        return", "test_loop.py::observe_as"),
     ("rollout noise constant over T", "np.asarray(jax.random.split(rollout_key, setup.args.num_steps))",
      "[np.asarray(rollout_key)] * setup.args.num_steps", "test_loop.py::every_step"),
     ("next observations for observations", "next_inputs = same_inputs(normalize(statistics, data.next_observation))",
@@ -117,7 +117,7 @@ TORCH = [
      "trajectory_kl(actor, old_actor, some.observation.flip(0), some.trajectory)", "test_loop.py::pytorchs_kl"),
     ("time-outs end", "(truncated[t], value[t], mixture)", "(truncated[t], 0 * value[t], mixture)", "test_loop.py::dynamic"),
     ("evaluation on raw observations", "evaluation_action(setup, state.learner, normalize(state.statistics, observation))",
-     "evaluation_action(setup, state.learner, observation)", "test_loop.py::optimum"),
+     "evaluation_action(setup, state.learner, observation)", "test_loop.py::observe_as"),
     ("the mode is ignored", 'if args.eval_mode == "ode":', "if True:", "test_loop.py::evaluation_plays"),
     ("the worst of K", "best = q.argmax(0)", "best = q.argmin(0)", "test_loop.py::evaluation_plays"),
 ]

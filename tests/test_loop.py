@@ -58,6 +58,21 @@ def test_evaluation_plays_the_policy(frozen):
         assert best > one + 0.5
 
 
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_evaluations_observe_as_training_does(name, monkeypatch):
+    """A policy that leaves where observations are standardised, and stays where they are raw, which all are positive."""
+    loop = loop_of(name, monkeypatch)
+
+    def evaluation_action(setup, learner, seen, *key):
+        raw = (getattr(seen, "actor", seen) > 0).all(-1)
+        return 0.5 - 1.0 * raw[:, None]
+
+    monkeypatch.setattr(loop.script, "evaluation_action", evaluation_action)
+    leaving, staying = (corridor.expected_return(np.full((corridor.PLACES, 1), x), loop.ends) for x in (0.5, -0.5))
+    assert leaving > staying + 2
+    np.testing.assert_allclose(loop.play(loop.modes[0]), leaving, atol=0.1)
+
+
 # --------------------------------------------------------------------------------------------------- a policy that learns
 MISSED = {"ode": 0.08, "sde": 0.15, "best-of-k": 0.08}  # of what there is to learn
 
