@@ -59,7 +59,8 @@ SHARED = [
      "stored_kl = trajectory_kl(learner.actor, old.actor, observation[::-1], some", "test_loop.py::logged_kl"),
     ("time-outs end", "bootstrap, value, mixture)", "bootstrap, 0 * value, mixture)", "test_loop.py::dynamic"),
     ("terminations bootstrap", "jnp.where(terminated, 0.0, bonus + mixture)", "bonus + mixture", "test_loop.py::dynamic"),
-    ("the mode is ignored", 'if args.eval_mode == "ode":\n        noise', "if True:\n        noise", "test_loop.py::evaluation_plays"),
+    ("the mode is ignored", 'if args.eval_mode == "ode":\n        noise', "if True:\n        noise",
+     "test_loop.py::evaluation_plays"),
     ("the worst of K", "best = q.argmax(0)", "best = q.argmin(0)", "test_loop.py::evaluation_plays"),
 ]
 MJX = [
