@@ -1253,16 +1253,18 @@ def write_policy(args: Args, policy: Callable, sizes: tuple[int, int], facts: di
             input_names=["observation", "noise"],
             output_names=["action"],
         )
-    run = ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps")
-    facts = {**{name: getattr(args, name) for name in run}, **facts}
-    facts |= {name: provenance()[name] for name in ("script", "git_commit")}
+    for name in ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps"):
+        facts[name] = getattr(args, name)
+    facts["script"] = SCRIPT
+    facts["git_commit"] = provenance()["git_commit"]
+    texts = {name: str(value) for name, value in facts.items()}
     onnx = import_module("onnx")
-    onnx.helper.set_model_props(model, {name: str(value) for name, value in facts.items()})
+    onnx.helper.set_model_props(model, texts)
     try:
         onnx.save(model, args.export)
     except OSError as error:
         fail(f"--export {args.export} cannot be written ({error})")
-    print(f"{args.export}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
+    print(f"{args.export}: {texts}")
 
 
 def export_policy(setup: Setup, state: TrainState) -> None:

@@ -1226,17 +1226,22 @@ def export_policy(setup: Setup, state: TrainState, action_scale: float, terms: S
         dynamo=True,
         verbose=False,
     )
-    run = ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps")
-    facts = {name: getattr(args, name) for name in run}
-    facts |= {name: provenance()[name] for name in ("script", "git_commit")}
-    facts |= {"step": state.iteration * args.batch_size, "action_scale": action_scale}
-    facts |= {"observation_terms": json.dumps(terms)}
-    program.model.metadata_props.update({name: str(value) for name, value in facts.items()})
+    facts = {
+        "step": state.iteration * args.batch_size,
+        "action_scale": action_scale,
+        "observation_terms": json.dumps(terms),
+        "script": SCRIPT,
+        "git_commit": provenance()["git_commit"],
+    }
+    for name in ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps"):
+        facts[name] = getattr(args, name)
+    texts = {name: str(value) for name, value in facts.items()}
+    program.model.metadata_props.update(texts)
     try:
         program.save(args.export)
     except OSError as error:
         fail(f"--export {args.export} cannot be written ({error})")
-    print(f"{args.export}: {', '.join(f'{name} {value}' for name, value in facts.items())}", flush=True)
+    print(f"{args.export}: {texts}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
