@@ -72,7 +72,8 @@ def provenance() -> dict[str, Any]:
     versions that matter."""
     found = trudi.provenance()
     script = pathlib.Path(sys.argv[0]).resolve()
-    command = ["python", f"benchmark/{script.name}", *map(without_folders, sys.argv[1:])]
+    place = script.relative_to(ROOT) if script.is_relative_to(ROOT) else f"benchmark/{script.name}"
+    command = ["python", str(place), *map(without_folders, sys.argv[1:])]
     versions = {name: version
                 for name, version in found["versions"].items() if name.lower().startswith(PACKAGES)}
     return found | {"script": script.stem, "command": command, "cpu": cpu_name(), "versions": versions,

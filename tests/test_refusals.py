@@ -239,6 +239,20 @@ def test_what_cannot_be_exported(flags, message, run, capsys, monkeypatch):
     assert message in refusal(stop.value.code, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("way", [["--export", "p.onnx"], []], ids=["export", "evaluate"])
+@pytest.mark.parametrize("other", ["trudi_humanoidbench", "reppo_mjx"])
+def test_a_run_of_another_script(other, way, run, capsys, monkeypatch, tmp_path):
+    path = run / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"script": other}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, "--evaluate", run, *way)
+    assert f"it is of {other}.py" in refusal(stop.value.code, capsys.readouterr().err)
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, "--evaluate", tmp_path / "nosuch", *way)
+    assert "is no run folder" in refusal(stop.value.code, capsys.readouterr().err)
+
+
 def test_export_without_its_exporter(run, capsys, monkeypatch):
     monkeypatch.setattr(trudi.util, "find_spec", lambda name: None if name == "jax2onnx" else name)
     with pytest.raises(SystemExit) as stop:

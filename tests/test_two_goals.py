@@ -74,12 +74,36 @@ def test_a_run_is_played_from_the_middle(tmp_path):
     assert (places == 0).all() and paths.found_goals(places, np.asarray(setup.env.goals)) == [0, 0]
 
 
+def test_what_the_critic_prefers():
+    """Of Q = 3 u_x + u_y and alpha = 0.5, steps to the right and to the left are 2 * 3 / 0.5 nats apart."""
+    setup = SimpleNamespace(env=FourGoals(), args=None)
+    statistics = trudi_mjx.Statistics(jnp.ones(1), jnp.ones((1, 2, 2)))
+
+    def script(q_value):
+        return SimpleNamespace(ACTION_LIMIT=1.0, normalize=lambda _, place: place, **q_value)
+
+    class Critic:
+        def __call__(self, place, action):
+            assert not place.any()
+            return action
+
+    jax.tree_util.register_static(Critic)
+    learner = {"critic": Critic(), "duals": {"log_alpha": jnp.log(jnp.array([0.5]))}}
+    Learner = trudi_mjx.Learner(**dict.fromkeys(trudi_mjx.Learner._fields) | learner)
+    state = SimpleNamespace(learner=Learner, statistics=statistics)
+    q_value = dict(q_value=lambda _, action: 3 * action[:, 0] + action[:, 1])
+    assert paths.preference(script(q_value), setup, state) == pytest.approx(16, rel=1e-5)
+    setup.env = TwoGoals()
+    assert paths.preference(script(q_value), setup, state) == pytest.approx(12, rel=1e-5)
+    assert np.isnan(paths.preference(script({}), setup, state))
+
+
 def test_table_and_picture(tmp_path):
-    same = {"task": "TwoGoals", "return": 2.0, "found": 1.0, "goals": [1, 1]}
+    same = {"task": "TwoGoals", "return": 2.0, "found": 1.0, "goals": [1, 1], "critic_prefers": 0.5}
     rows = [same | dict(algorithm=name, seed=seed, acts=mode, entropy=float(seed))
             for name in ("a", "b") for seed in (0, 1) for mode in ("mode", "sample")]
     table = paths.pd.DataFrame(rows)
-    assert "| TwoGoals | a | sample | 2 | 2.00 | 1.00 | 0.50 | 0.00, 1.00 |" in paths.as_markdown(table)
+    assert "| TwoGoals | a | sample | 2 | 2.00 | 1.00 | 0.50 | 0.00, 1.00 | 0.50, 0.50 |" in paths.as_markdown(table)
     found = {"goals": np.eye(2), "mode": np.zeros((4, 3, 2)), "sample": np.ones((4, 3, 2))}
     paths.draw(table, {("TwoGoals", name): found for name in ("a", "b")}, tmp_path / "paths.png")
     assert (tmp_path / "paths.png").stat().st_size > 1000

@@ -6,7 +6,9 @@ RUN are folders of runs on benchmark.two_goals's tasks, of trudi_mjx.py or a bas
 plays --episodes episodes by its deterministic --eval-mode (of a diffusion policy, whose noise a^N differs, with c = 1
 and 0.5) and by samples. An episode has found the goal that it ends within 0.2 of. For each are printed the
 return, the share that found one, and the entropy of which one it was, to the base of their number: 1 if all are
-found equally often, 0 if but one is.
+found equally often, 0 if but one is. Beside it stands what the critic makes of the goals, which pay alike: how far its
+values of a step to each lie apart, over alpha. A policy that follows exp(Q / alpha) has the odds of the two goals at e
+to this many nats.
 
 Results go to OUTPUT.json and .md; OUTPUT.png has the paths of the first seed of each task and algorithm.
 """
@@ -99,10 +101,24 @@ def behaviour_entropy(counts: list[int]) -> float:
     return float(-(share * np.log(share)).sum() / math.log(len(counts))) + 0.0
 
 
+def preference(script: Any, setup: Any, state: Any) -> float:
+    """Nats between the best and the worst goal in exp(Q / alpha), of steps to each from the middle; NaN of a
+    critic that does not see actions."""
+    if not hasattr(script, "q_value"):
+        return math.nan
+    learner, statistics = jax.tree.map(lambda x: x[0], (state.learner, state.statistics))
+    goals = setup.env.goals
+    action = script.ACTION_LIMIT * goals / np.abs(goals).max()
+    observed = script.normalize(statistics, np.zeros_like(goals))
+    q = script.q_value(setup.args, learner.critic(observed, action))
+    return float((q.max() - q.min()) / np.exp(learner.duals["log_alpha"]))
+
+
 def measure(run: str, options: Options) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """A row for each way of acting, and its places."""
     script, setup, state = load(run)
     goals = np.asarray(setup.env.goals)
+    nats = preference(script, setup, state)
     rows, paths = [], {}
     for name, way in ways_to_act(script).items():
         places, rewards = play(script, setup, state, way, options)
@@ -117,6 +133,7 @@ def measure(run: str, options: Options) -> tuple[list[dict[str, Any]], dict[str,
                 "found": sum(counts) / options.episodes,
                 "goals": counts,
                 "entropy": behaviour_entropy(counts),
+                "critic_prefers": nats,
             }
         )
         paths[name] = places
@@ -128,8 +145,10 @@ def as_markdown(table: pd.DataFrame) -> str:
     rows = []
     for names, group in table.groupby(["task", "algorithm", "acts"], sort=False):
         means = [f"{group[name].mean():.2f}" for name in ("return", "found", "entropy")]
-        rows.append((*names, str(len(group)), *means, ", ".join(f"{x:.2f}" for x in group["entropy"])))
-    header = ("task", "algorithm", "acts by", "seeds", "return", "found a goal", "entropy", "by seed")
+        entropies, nats = (", ".join(f"{x:.2f}" for x in group[name]) for name in ("entropy", "critic_prefers"))
+        rows.append((*names, str(len(group)), *means, entropies, nats))
+    header = ("task", "algorithm", "acts by", "seeds", "return", "found a goal", "entropy", "by seed",
+              "critic prefers one (nats)")
     return markdown_table(header, rows)
 
 
@@ -151,7 +170,7 @@ def draw(table: pd.DataFrame, paths: dict[tuple[str, str], dict[str, np.ndarray]
             panel.plot(across, up, color="#2a6f97", alpha=0.15, linewidth=0.6)
             panel.plot(*found["goals"].T, "o", color="#c44e52")
             panel.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect="equal")
-            panel.set_title(f"{algorithm}, {way}", fontsize=7)
+            panel.set_title(f"{task}: {algorithm}\n{way}", fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
