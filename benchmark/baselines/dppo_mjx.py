@@ -20,15 +20,19 @@
 
     python benchmark/baselines/dppo_mjx.py --env-id CartpoleBalance --preset cpu
 
-What differs from trudi_mjx.py: the policy is a DDPM of N = 8 steps that predicts the noise, with the cosine
-schedule of Nichol and Dhariwal (arXiv 2102.09672). A step's standard deviation is at least 0.1, and the last
-latent is the action, which simulators get clipped. Each denoising step is an action of its own, with PPO's
-clipped loss (arXiv 1707.06347, Eq. 7) of its own ratio. The advantage, of GAE (arXiv 1506.02438, Eq. 16) with
-a value V(s), is discounted by 0.99 a step away from the environment, and noisier steps are clipped closer to
-1 (Section 4 and the code of DPPO, whose log-ratios are means over action dimensions).
+What differs from trudi_mjx.py: the policy is a DDPM of N = 8 steps with the cosine schedule of Nichol and
+Dhariwal (arXiv 2102.09672). A step's standard deviation is at least 0.1, and the last latent is the action,
+which simulators get clipped. Each denoising step is an action of its own, with PPO's clipped loss (arXiv
+1707.06347, Eq. 7) of its own ratio and an advantage of GAE (arXiv 1506.02438, Eq. 16) with a value V(s).
+Log-ratios are means over action dimensions, as in DPPO's code.
 
-Networks are MLPs of three layers with Mish, and the learning rate decays to 0 (Appendix B.5 and Table 4 of
-TruDi's paper, arXiv 2606.15260, which leaves the schedule open). What both leave open is as in ppo_mjx.py.
+Networks are MLPs of three layers with Mish (Table 4 of TruDi's paper, arXiv 2606.15260). What DPPO's code has
+where it trains from scratch (cfg/gym/scratch), and not where it fine-tunes, is taken from there: epsilon is
+0.1 at every denoising step, all have the same advantage, rewards are divided by the standard deviation of
+their running discounted sums, 10 epochs, and learning rates that stay, the critic's higher. Table 4's epsilon
+is 0.2, and its text has rates that decay, without saying how. The network predicts the action, which the code
+can do as well, and does not by default: of actions that predicted noise stands for, untrained, two thirds lie
+outside of [-1, 1], where they are clipped and have no gradient. What all leave open is as in ppo_mjx.py.
 
 README.md has a table of TruDi's paper's errata, E1 to E19. Axes in shapes: T steps of a rollout, E
 environments, B states of a batch, N denoising steps, A action dimensions, H hidden units, K seeds. Latent
@@ -72,23 +76,27 @@ CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
-PAPER = dict(  # Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches
+PAPER = dict(  # Tables 4 and 5, the critic's rate and epochs of DPPO's code
     total_timesteps=50_000_000,
     num_envs=1024,
     num_steps=128,
-    num_epochs=5,
-    minibatch_size=32768,
+    num_epochs=10,
+    minibatch_size=8192,
     hidden_dim=256,
+    actor_learning_rate=3e-4,
+    critic_learning_rate=1e-3,
     num_eval_envs=128,
     eval_interval=15,
 )
 CPU = dict(  # for two cores, the networks as wide as TruDi's
     total_timesteps=2_000_000,
-    num_envs=512,
+    num_envs=128,
     num_steps=64,
-    num_epochs=5,
-    minibatch_size=1024,
+    num_epochs=10,
+    minibatch_size=512,
     hidden_dim=64,
+    actor_learning_rate=2e-3,
+    critic_learning_rate=2e-3,
     num_eval_envs=64,
     eval_interval=3,
 )
@@ -108,8 +116,7 @@ SCHEDULE_SHIFT = 0.008  # offset of the cosine schedule
 TIME_FEATURES = 32
 LEAST_STD = 0.1  # of a denoising step
 LARGEST_ACTION = 1.0  # that a step may predict
-BASE_EPSILON = 1e-3  # epsilon of the noisiest step
-EPSILON_RATE = 3.0  # how fast it grows towards the last one
+LARGEST_REWARD = 10.0  # after scaling
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -143,15 +150,17 @@ class Args:
     num_steps: int | None = None
     """steps of each environment in a rollout (paper: 128)"""
     num_epochs: int | None = None
-    """passes over a rollout (the paper is silent; RSL-RL: 5)"""
+    """passes over a rollout (the paper is silent; DPPO's code: 10)"""
     minibatch_size: int | None = None
-    """states in a gradient step (the paper is silent; RSL-RL: a fourth of a rollout)"""
+    """states in a gradient step (the paper is silent; DPPO's code: a twentieth of a rollout)"""
     gamma: float | None = None
     """discount (paper: 0.99 on DMC, 0.97 on humanoids)"""
     gae_lambda: float = 0.95
     """lambda of the advantages"""
-    learning_rate: float = 3e-4
-    """of Adam at the start, of actor and critic; it decays to 0 as a cosine"""
+    actor_learning_rate: float | None = None
+    """of Adam (paper: 3e-4)"""
+    critic_learning_rate: float | None = None
+    """of Adam (paper: 3e-4; DPPO's code: 1e-3)"""
     max_grad_norm: float = 1.0
     """global-norm clip, of actor and critic apart"""
 
@@ -160,10 +169,8 @@ class Args:
     """width of actor and critic (paper: 256)"""
     num_diffusion_steps: int = 8
     """denoising steps N"""
-    epsilon: float = 0.2
-    """how far from 1 the last step's ratio is worth moving"""
-    denoising_discount: float = 0.99
-    """of the advantage, for each step between a latent and the action"""
+    epsilon: float = 0.1
+    """how far from 1 a denoising step's ratio is worth moving"""
 
     # What may differ when a run is continued or evaluated; MAY_CHANGE lists it
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -690,7 +697,7 @@ def mish(x: Array) -> Array:
 
 
 class Actor(nnx.Module):
-    """The network that predicts the noise in a latent.
+    """The network that predicts the action that a latent comes from.
 
     What a replacement must keep: `num_steps`, `embed` and `__call__`; that its output depends on no latent
     but a^n, since `step_deviations` asks for all steps of a stored chain at once; and an output layer that
@@ -729,7 +736,7 @@ class Actor(nnx.Module):
         return observation @ observation_kernel + self.input.bias[...], features @ time_kernel
 
     def __call__(self, observation_part: Array, time_part: Array, latent: Array) -> Array:
-        """The noise in latents (..., A), with what `embed` returned, broadcast to (..., H)."""
+        """Actions of latents (..., A), with what `embed` returned, broadcast to (..., H)."""
         _, latent_kernel, _ = self.split_first_layer()
         x = mish(observation_part + time_part + latent @ latent_kernel)
         for hidden in self.hidden:
@@ -758,8 +765,6 @@ class Critic(nnx.Module):
 class Schedule(NamedTuple):
     """The DDPM's constants for n = 1 ... N; a step's mean is from_action * action + from_latent * a^n."""
 
-    signal: Array  # (N, 1), scale of the action in a^n
-    noise: Array  # (N, 1), scale of the noise in a^n
     from_action: Array  # (N, 1), weight of the predicted action in the mean of a^(n-1)
     from_latent: Array  # (N, 1), weight of a^n in it
     std: Array  # (N, 1), standard deviation of a^(n-1)
@@ -773,8 +778,6 @@ def make_schedule(num_steps: int) -> Schedule:
     alpha_bar = np.cumprod(1 - beta)[:, None]  # at n
     before = np.concatenate([[[1.0]], alpha_bar[:-1]])  # at n - 1
     schedule = Schedule(
-        signal=np.sqrt(alpha_bar),
-        noise=np.sqrt(1 - alpha_bar),
         from_action=np.sqrt(before) * beta / (1 - alpha_bar),
         from_latent=np.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar),
         std=np.sqrt(beta * (1 - before) / (1 - alpha_bar)),
@@ -786,8 +789,7 @@ def denoised_mean(
     actor: Actor, schedule: Schedule, observation_part: Array, time_part: Array, latent: Array
 ) -> Array:
     """Means (..., A) of a^(n-1) given a^n; `schedule` is of these n, the rest is what the actor takes."""
-    noise = actor(observation_part, time_part, latent)
-    action = (latent - schedule.noise * noise) / schedule.signal
+    action = actor(observation_part, time_part, latent)
     action = jnp.clip(action, -LARGEST_ACTION, LARGEST_ACTION)
     return schedule.from_action * action + schedule.from_latent * latent
 
@@ -896,12 +898,12 @@ class Optimizers(NamedTuple):
 
 
 def make_optimizers(args: Args) -> Optimizers:
-    """Adam for both, with gradients clipped by their own global norm; its learning rate decays to 0."""
-    updates = args.num_iterations * args.num_epochs * (args.batch_size // args.minibatch_size)
+    """Adam for both, with gradients clipped by their own global norm."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
-    adam = optax.adam(optax.cosine_decay_schedule(args.learning_rate, updates))
-    optimizer = optax.chain(clip, adam)
-    return Optimizers(actor=optimizer, critic=optimizer)
+    return Optimizers(
+        actor=optax.chain(clip, optax.adam(args.actor_learning_rate)),
+        critic=optax.chain(clip, optax.adam(args.critic_learning_rate)),
+    )
 
 
 def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
@@ -915,15 +917,11 @@ def actor_loss(actor: Actor, args: Args, batch: Batch) -> tuple[Array, tuple[Arr
     deviations = step_deviations(actor, batch.actor_observation, batch.trajectory)
     # Equal variances, so normalisers cancel.
     ratio = jnp.exp(0.5 * (deviations.old**2 - deviations.new**2).mean(-1))
-    step = jnp.arange(args.num_diffusion_steps)  # n - 1
-    late = 1 - step / max(args.num_diffusion_steps - 1, 1)  # from 0 at n = N to 1 at n = 1
-    growth = jnp.expm1(EPSILON_RATE * late) / np.expm1(EPSILON_RATE)
-    epsilon = BASE_EPSILON + (args.epsilon - BASE_EPSILON) * growth
-    advantage = batch.advantage[:, None] * args.denoising_discount**step
-    clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
+    advantage = batch.advantage[:, None]
+    clipped = jnp.clip(ratio, 1 - args.epsilon, 1 + args.epsilon)
     gain = jnp.minimum(ratio * advantage, clipped * advantage)  # Eq. 7 of PPO's paper
     kl = 0.5 * (deviations.moved**2).sum((-2, -1))
-    return -gain.mean(), (jnp.abs(ratio - 1) > epsilon, kl)
+    return -gain.mean(), (jnp.abs(ratio - 1) > args.epsilon, kl)
 
 
 def update_minibatch(setup: Setup, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
@@ -982,11 +980,36 @@ class Transition(NamedTuple):
     episode_length: Array
 
 
+class RewardScale(NamedTuple):
+    """What rewards are divided by: the standard deviation of their discounted sums."""
+
+    statistics: Statistics  # of the sums, one entry
+    total: Array  # (E,), the sum in each environment's episode so far
+
+
+def scale_rewards(
+    args: Args, scale: RewardScale, reward: Array, ended: Array
+) -> tuple[RewardScale, Array]:
+    """The scale after a rollout, and its rewards by this scale; reward and ended (T, E)."""
+
+    def step(total: Array, now: tuple) -> tuple[Array, Array]:
+        reward, ended = now
+        total = args.gamma * total + reward
+        return jnp.where(ended, 0.0, total), total
+
+    total, totals = jax.lax.scan(step, scale.total, (reward, ended))
+    statistics = update_statistics(scale.statistics, totals[..., None])
+    _, variance = statistics.moments
+    scaled = reward / jnp.sqrt(variance + 1e-8)
+    return RewardScale(statistics, total), jnp.clip(scaled, -LARGEST_REWARD, LARGEST_REWARD)
+
+
 class TrainState(NamedTuple):
     """Everything that a checkpoint holds of one run."""
 
     learner: Learner
     statistics: Statistics
+    reward_scale: RewardScale
     env_state: EnvState
     key: Array
     iteration: Array
@@ -1007,7 +1030,16 @@ def init_state(setup: Setup, key: Array) -> TrainState:
         actor_opt_state=optimizers.actor.init(actor),
         critic_opt_state=optimizers.critic.init(critic),
     )
-    return TrainState(learner, init_statistics(observation), env_state, key, jnp.zeros((), int))
+    total = jnp.zeros(setup.args.num_envs)
+    reward_scale = RewardScale(init_statistics(total[:, None]), total)
+    return TrainState(
+        learner=learner,
+        statistics=init_statistics(observation),
+        reward_scale=reward_scale,
+        env_state=env_state,
+        key=key,
+        iteration=jnp.zeros((), int),
+    )
 
 
 def sample_policy(
@@ -1070,6 +1102,9 @@ def iterate(setup: Setup, state: TrainState) -> tuple[TrainState, Metrics]:
     rollout_key, target_key, epochs_key, check_key, key = jax.random.split(state.key, 5)
     actor = state.learner.actor
     env_state, data = rollout(setup, actor, state.statistics, state.env_state, rollout_key)
+    ended = data.terminated | data.truncated
+    reward_scale, reward = scale_rewards(setup.args, state.reward_scale, data.reward, ended)
+    data = data._replace(reward=reward)
 
     # The untrained actor ignores what it observes, its output layer being 0, so the first rollout may seed
     # the statistics that it is learned from with. Later ones take effect in the next rollout: stored means
@@ -1089,7 +1124,7 @@ def iterate(setup: Setup, state: TrainState) -> tuple[TrainState, Metrics]:
         "charts/episodic_return": data.episode_return.mean(where=ended),
         "charts/episodic_length": data.episode_length.mean(where=ended),
     }
-    return TrainState(learner, merged, env_state, key, state.iteration + 1), metrics
+    return TrainState(learner, merged, reward_scale, env_state, key, state.iteration + 1), metrics
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -1161,9 +1196,9 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 # Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
 # calls that go with them.
 POSITIVE = (
-    "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate max_grad_norm "
-    "hidden_dim num_diffusion_steps epsilon num_workers num_devices total_timesteps eval_interval "
-    "num_eval_envs checkpoint_interval"
+    "num_seeds episode_length num_envs num_steps num_epochs minibatch_size actor_learning_rate "
+    "critic_learning_rate max_grad_norm hidden_dim num_diffusion_steps epsilon num_workers num_devices "
+    "total_timesteps eval_interval num_eval_envs checkpoint_interval"
 ).split()
 
 
@@ -1188,8 +1223,6 @@ def check_numbers(args: Args) -> None:
         fail(f"--gamma must lie in [0, 1), not be {args.gamma}")
     if not 0 <= args.gae_lambda <= 1:
         fail(f"--gae-lambda must lie in [0, 1], not be {args.gae_lambda}")
-    if not 0 <= args.denoising_discount <= 1:
-        fail(f"--denoising-discount must lie in [0, 1], not be {args.denoising_discount}")
 
 
 def check_sizes(args: Args) -> None:

@@ -27,8 +27,11 @@ mean over 8 draws of noise and time that were made when the action was taken. Th
 compared as the noise that it stands for (FPO's paper, Section 3, and its code). Advantages are those of GAE
 (arXiv 1506.02438, Eq. 16) with a value V(s).
 
-Networks are MLPs of five layers with SiLU, 32 wide for the actor and 256 for the critic, and epsilon is 0.2
-(Table 4 of TruDi's paper, arXiv 2606.15260; FPO's code has 0.05). What all leave open is as in ppo_mjx.py.
+Networks are MLPs with SiLU, 32 wide for the actor and 256 for the critic (Table 4 of TruDi's paper, arXiv
+2606.15260). As in FPO's code, and not in that table, epsilon is 0.05 and the actor has four hidden layers,
+where the critic has five. Of its code are also rewards times 10, draws of time from the Euler steps' own, and
+last layers that start like the others, so that observations are not standardised before the first rollout
+has been learned from. What all leave open is as in ppo_mjx.py.
 
 README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
 environments, B states of a batch, S draws, A action dimensions, K seeds.
@@ -144,6 +147,8 @@ class Args:
     """states in a gradient step (the paper is silent; RSL-RL: a fourth of a rollout)"""
     gamma: float | None = None
     """discount (paper: 0.99 on DMC, 0.97 on humanoids)"""
+    reward_scale: float = 10.0
+    """factor of rewards in what is learned"""
     gae_lambda: float = 0.95
     """lambda of the advantages"""
     learning_rate: float = 3e-4
@@ -156,7 +161,7 @@ class Args:
     """width of the critic (paper: 256)"""
     actor_hidden_dim: int = 32
     """width of the actor"""
-    epsilon: float = 0.2
+    epsilon: float = 0.05
     """how far from 1 the ratio is worth moving"""
     num_flow_steps: int = 10
     """Euler steps from noise to an action"""
@@ -650,8 +655,13 @@ class Statistics(NamedTuple):
 
 
 def init_statistics(observation: Any) -> Statistics:
-    """Of no observation yet; `observation` has leaves (E, .)."""
-    return Statistics(jnp.zeros(()), jax.tree.map(lambda x: jnp.zeros((2, x.shape[-1])), observation))
+    """Of no observation yet, and of variance 1 until there is one; `observation` has leaves (E, .)."""
+
+    def standard(x: Array) -> Array:
+        mean = jnp.zeros(x.shape[-1])
+        return jnp.stack([mean, mean + 1])
+
+    return Statistics(jnp.zeros(()), jax.tree.map(standard, observation))
 
 
 def update_statistics(statistics: Statistics, observation: Any) -> Statistics:
@@ -690,10 +700,9 @@ class Actor(nnx.Module):
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
         self.num_steps = args.num_flow_steps
         width = args.actor_hidden_dim
-        sizes = [observation_size + action_size + TIME_FEATURES, width, width, width, width]
-        zeros = nnx.initializers.zeros
+        sizes = [observation_size + action_size + TIME_FEATURES, width, width, width]
         self.hidden = nnx.List([nnx.Linear(size, width, rngs=rngs) for size in sizes])
-        self.output = nnx.Linear(width, action_size, kernel_init=zeros, rngs=rngs)
+        self.output = nnx.Linear(width, action_size, rngs=rngs)
 
     def __call__(self, observation: Array, latent: Array, time: Array) -> Array:
         """Velocities (..., A) at observations (..., .), latents (..., A) and times (..., 1)."""
@@ -918,7 +927,8 @@ def sample_policy(setup: Setup, actor: Actor, observation: Array, key: Array) ->
     shape = (len(observation), setup.action_size)
     latent = integrate(actor, observation, jax.random.normal(start_key, shape))
     noise = jax.random.normal(noise_key, (len(observation), DRAWS, setup.action_size))
-    time = jax.random.uniform(time_key, (len(observation), DRAWS, 1))
+    euler_step = jax.random.randint(time_key, (len(observation), DRAWS, 1), 0, actor.num_steps)
+    time = 1 - euler_step / actor.num_steps
     return Sample(latent, noise, time, matching_loss(actor, observation, latent, noise, time))
 
 
@@ -949,7 +959,8 @@ def update(
     epochs_key, *_ = keys
     value = jax.lax.map(old.critic, inputs.critic)
     next_value = jax.lax.map(old.critic, next_inputs.critic)
-    advantage = advantages(args, data.reward, data.terminated, data.truncated, value, next_value)
+    reward = args.reward_scale * data.reward
+    advantage = advantages(args, reward, data.terminated, data.truncated, value, next_value)
     target = advantage + value
     batch = Batch(
         actor_observation=inputs.actor,
@@ -973,15 +984,11 @@ def iterate(setup: Setup, state: TrainState) -> tuple[TrainState, Metrics]:
     actor = state.learner.actor
     env_state, data = rollout(setup, actor, state.statistics, state.env_state, rollout_key)
 
-    # The untrained actor ignores what it observes, its output layer being 0, so the first rollout may seed
-    # the statistics that it is learned from with. Later ones take effect in the next rollout: stored losses
-    # belong to the present ones (E13).
+    # They take effect in the next rollout: stored losses belong to the present ones (E13).
     merged = update_statistics(state.statistics, data.observation)
-    first = state.iteration == 0
-    statistics = jax.tree.map(lambda new, now: jnp.where(first, new, now), merged, state.statistics)
 
-    inputs = network_inputs(normalize(statistics, data.observation))
-    next_inputs = network_inputs(normalize(statistics, data.next_observation))
+    inputs = network_inputs(normalize(state.statistics, data.observation))
+    next_inputs = network_inputs(normalize(state.statistics, data.next_observation))
     keys = [target_key, epochs_key, check_key]
     learner, metrics = update(setup, state.learner, data, inputs, next_inputs, keys)
     ended = data.episode_ended
@@ -1066,7 +1073,7 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 # calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate max_grad_norm "
-    "hidden_dim actor_hidden_dim epsilon num_flow_steps num_workers num_devices total_timesteps "
+    "reward_scale hidden_dim actor_hidden_dim epsilon num_flow_steps num_workers num_devices total_timesteps "
     "eval_interval num_eval_envs checkpoint_interval"
 ).split()
 

@@ -84,13 +84,13 @@ PAPER = dict(  # Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches
 )
 CPU = dict(  # for two cores, the networks as wide as TruDi's
     total_timesteps=2_000_000,
-    num_envs=512,
+    num_envs=128,
     num_steps=64,
     num_epochs=5,
-    minibatch_size=1024,
+    minibatch_size=2048,
     hidden_dim=64,
     num_eval_envs=64,
-    eval_interval=3,
+    eval_interval=12,
 )
 CPU_HUMANOID = CPU | dict(  # with the sizes of TruDi's
     total_timesteps=6_000_000,

@@ -24,8 +24,11 @@ It is made from trudi_mjx.py, and what differs is this. The policy is the tanh o
 standard deviation are given by a network of TruDi's shape without latents and time (Table 4 of TruDi's paper,
 arXiv 2606.15260). So the entropy is a sample of -log pi(u|s), where TruDi has a bound of it, and the trust
 region's KL is that of two Gaussians in closed form, for which REPPO's code averages log-ratios of 16 samples.
-The split loss, the duals, the critic and its soft lambda-returns are TruDi's, which has them from REPPO. The
-entropy's target is that of REPPO's code, -A / 2. --eval-mode mode takes the tanh of the mean.
+The split loss, the duals and the soft lambda-returns are TruDi's, which has them from REPPO. So is the critic,
+for which REPPO's code normalises the first and the third of three layers by their root mean square in one of
+its files, and four by LayerNorm in the other. The entropy's target is that of REPPO's code, -A / 2. Its
+auxiliary loss, by which the critic also predicts the reward and its own next features, weighs 1 in one of its
+files and 0 in the newer one, as here: --aux-loss-scale. --eval-mode mode takes the tanh of the mean.
 
 `# Eq. 181` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
 rollout, E environments, B states of a batch, A action dimensions, H hidden units, K seeds.
@@ -168,6 +171,8 @@ class Args:
     """epsilon: nats of KL that a state may move in an iteration"""
     target_entropy_scale: float = 0.5
     """the entropy target is minus this for each action dimension, in nats"""
+    aux_loss_scale: float = 0.0
+    """weight of the critic's prediction of the reward and its own next features (REPPO's code: 1 or 0)"""
     v_min: float | None = None
     """lowest atom of the critic (paper: 0 on DMC, -10 on humanoids)"""
     v_max: float | None = None
@@ -731,13 +736,29 @@ class Critic(nnx.Module):
         self.norms = nnx.List([nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs) for _ in sizes])
         self.output = nnx.Linear(width, args.num_atoms, rngs=rngs)
         self.output.bias[...] = PRIOR_LOGITS * hl_gauss(args, jnp.zeros(()))
+        if args.aux_loss_scale > 0:
+            self.prediction_hidden = nnx.Linear(width, width, rngs=rngs)
+            self.prediction_norm = nnx.LayerNorm(width, epsilon=1e-6, rngs=rngs)
+            self.prediction_output = nnx.Linear(width, width + 1, rngs=rngs)
 
     def __call__(self, observation: Array, action: Array) -> Array:
         """Logits (B, atoms)."""
+        features = self.features(observation, action)
+        return self.output(self.layer(2, features))
+
+    def features(self, observation: Array, action: Array) -> Array:
+        """What the first two layers make of it (B, H)."""
         x = jnp.concatenate([observation, action], -1)
-        for hidden, norm in zip(self.hidden, self.norms, strict=True):
-            x = nnx.silu(norm(hidden(x)))
-        return self.output(x)
+        return self.layer(1, self.layer(0, x))
+
+    def layer(self, k: int, x: Array) -> Array:
+        """Hidden layer k of any x (B, .): (B, H)."""
+        return nnx.silu(self.norms[k](self.hidden[k](x)))
+
+    def predict(self, observation: Array, action: Array) -> Array:
+        """Features and reward that follow, (B, H + 1)."""
+        x = self.prediction_hidden(self.features(observation, action))
+        return self.prediction_output(nnx.silu(self.prediction_norm(x)))
 
 
 # ------------------------------------------------------------------------------------------- Gaussian policy
@@ -831,6 +852,8 @@ class Batch(NamedTuple):
     mean: Array  # (B, A), of the old actor
     std: Array  # (B, A), of the old actor
     target: Array  # (B,), lambda-returns
+    following: Array  # (B, H + 1), features and reward that followed
+    terminated: Array  # (B,), so that no features did
 
 
 class Optimizers(NamedTuple):
@@ -852,9 +875,14 @@ def make_optimizers(args: Args) -> Optimizers:
 
 
 def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
-    """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
+    """Cross-entropy from the HL-Gauss targets to the critic's distribution, and the auxiliary loss."""
     logits = critic(batch.critic_observation, batch.action)
-    return optax.softmax_cross_entropy(logits, hl_gauss(args, batch.target)).mean()
+    loss = optax.softmax_cross_entropy(logits, hl_gauss(args, batch.target))
+    if args.aux_loss_scale > 0:
+        error = critic.predict(batch.critic_observation, batch.action) - batch.following
+        aux_loss = jnp.where(batch.terminated, 0.0, (error**2).mean(-1))
+        loss = loss + args.aux_loss_scale * aux_loss
+    return loss.mean()
 
 
 def actor_loss(
@@ -1010,19 +1038,21 @@ def rollout(
 
 def critic_targets(
     setup: Setup, learner: Learner, data: Transition, next_inputs: Inputs, key: Array
-) -> Array:
-    """Soft lambda-returns (T, E), with a fresh action at every true next observation, which is normalised."""
+) -> tuple[Array, Array]:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation, which is normalised;
+    and the critic's features of these (T, E, H)."""
     alpha = jnp.exp(learner.duals["log_alpha"])
 
-    def next_value(step: tuple[Inputs, Array]) -> tuple[Array, Array]:
+    def next_value(step: tuple[Inputs, Array]) -> tuple[Array, Array, Array]:
         inputs, key = step
         sample = sample_policy(setup, learner.actor, inputs.actor, key)
         value = q_value(setup.args, learner.critic(inputs.critic, sample.action))
-        return value, alpha * sample.entropy
+        return value, alpha * sample.entropy, learner.critic.features(inputs.critic, sample.action)
 
     keys = jax.random.split(key, setup.args.num_steps)
-    value, bonus = jax.lax.map(next_value, (next_inputs, keys))
-    return lambda_returns(setup.args, data.reward, data.terminated, data.truncated, value, bonus)
+    value, bonus, features = jax.lax.map(next_value, (next_inputs, keys))
+    target = lambda_returns(setup.args, data.reward, data.terminated, data.truncated, value, bonus)
+    return target, features
 
 
 def update(
@@ -1031,8 +1061,17 @@ def update(
     """Learn from a rollout, whose observations and true next ones are given normalised."""
     args = setup.args
     target_key, epochs_key, row_key = keys
-    target = critic_targets(setup, old, data, next_inputs, target_key)
-    batch = Batch(inputs.actor, inputs.critic, data.action, data.mean, data.std, target)
+    target, features = critic_targets(setup, old, data, next_inputs, target_key)
+    batch = Batch(
+        actor_observation=inputs.actor,
+        critic_observation=inputs.critic,
+        action=data.action,
+        mean=data.mean,
+        std=data.std,
+        target=target,
+        following=jnp.concatenate([features, data.reward[..., None]], -1),
+        terminated=data.terminated,
+    )
     batch = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)  # (E * T, ...)
     learner, metrics = update_epochs(setup, old, batch, epochs_key)
 
@@ -1182,6 +1221,8 @@ def check_numbers(args: Args) -> None:
             fail(f"{flag(name)} must be finite, not {value}")
     if not 0 <= args.seed < 2**31:
         fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
+    if not args.aux_loss_scale >= 0:
+        fail(f"--aux-loss-scale must not be negative, as {args.aux_loss_scale} is")
     if not 0 <= args.gamma < 1:
         fail(f"--gamma must lie in [0, 1), not be {args.gamma}")
     if not 0 <= args.td_lambda <= 1:

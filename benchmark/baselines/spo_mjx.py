@@ -21,9 +21,10 @@
     python benchmark/baselines/spo_mjx.py --env-id CartpoleBalance --preset cpu
 
 What differs from trudi_mjx.py is what differs in ppo_mjx.py, a Gaussian policy, a value V(s), GAE and
-RSL-RL's settings (Appendix B.5 and Table 4 of TruDi's paper, arXiv 2606.15260), and the loss: instead of
-clipping the ratio r, SPO subtracts |A| (r - 1)^2 / (2 epsilon), so that r = 1 + epsilon sign(A) is best, and
-the gradient beyond it leads back. All else is ppo_mjx.py's, as
+RSL-RL's epochs and minibatches (Appendix B.5 and Table 4 of TruDi's paper, arXiv 2606.15260), and the loss:
+instead of clipping the ratio r, SPO subtracts |A| (r - 1)^2 / (2 epsilon), so that r = 1 + epsilon sign(A) is
+best, and the gradient beyond it leads back. The learning rate is Table 4's 1e-3 throughout. SPO's code adapts
+it to the KL for PPO alone, and lets 3e-4 fall to 0. All else is ppo_mjx.py's, as
 `diff benchmark/baselines/ppo_mjx.py benchmark/baselines/spo_mjx.py` shows.
 
 README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
@@ -79,13 +80,13 @@ PAPER = dict(  # Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches
 )
 CPU = dict(  # for two cores, the networks as wide as TruDi's
     total_timesteps=2_000_000,
-    num_envs=512,
+    num_envs=128,
     num_steps=64,
     num_epochs=5,
-    minibatch_size=1024,
+    minibatch_size=2048,
     hidden_dim=64,
     num_eval_envs=64,
-    eval_interval=3,
+    eval_interval=12,
 )
 CPU_HUMANOID = CPU | dict(  # with the sizes of TruDi's
     total_timesteps=6_000_000,
@@ -99,7 +100,6 @@ PRESET = {"paper": PAPER, "cpu": CPU}
 
 # Clips actions for the simulator; not in the losses, where the Gaussian's own samples are.
 ACTION_LIMIT = 0.999
-LEARNING_RATES = (1e-5, 1e-2)  # the lowest and the highest that the KL may set
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -141,9 +141,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of the advantages"""
     learning_rate: float = 1e-3
-    """of Adam at the start, of actor and critic; then it follows the KL"""
-    desired_kl: float = 0.01
-    """the learning rate falls at more than twice this KL, in nats, and grows at less than half of it"""
+    """of Adam, of actor and critic"""
     max_grad_norm: float = 1.0
     """global-norm clip, of actor and critic apart"""
 
@@ -763,7 +761,6 @@ class Learner(NamedTuple):
 
     actor: Actor
     critic: Critic
-    learning_rate: Array  # of both
     actor_opt_state: Any
     critic_opt_state: Any
 
@@ -788,9 +785,9 @@ class Optimizers(NamedTuple):
 
 
 def make_optimizers(args: Args) -> Optimizers:
-    """Adam for both, with gradients clipped by their own global norm, and yet without a learning rate."""
+    """Adam for both, with gradients clipped by their own global norm."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
-    adam = optax.chain(clip, optax.scale_by_adam(), optax.scale(-1))
+    adam = optax.chain(clip, optax.adam(args.learning_rate))
     return Optimizers(actor=adam, critic=adam)
 
 
@@ -812,28 +809,18 @@ def actor_loss(actor: Actor, args: Args, batch: Batch) -> tuple[Array, tuple[Arr
     return -(gain + args.entropy_scale * entropy).mean(), (ratio, entropy, kl)
 
 
-def adapt(learning_rate: Array, args: Args, kl: Array) -> Array:
-    """The next learning rate: RSL-RL's rule, which keeps a step's KL near the desired one."""
-    growth = jnp.where(kl < args.desired_kl / 2, 1.5, 1.0)
-    factor = jnp.where(kl > 2 * args.desired_kl, 1 / 1.5, growth)
-    return jnp.clip(learning_rate * factor, *LEARNING_RATES)
-
-
 def update_minibatch(setup: Setup, learner: Learner, batch: Batch) -> tuple[Learner, Metrics]:
     """One gradient step each of critic and actor."""
     args = setup.args
     optimizers = make_optimizers(args)
-    value, critic_gradient = jax.value_and_grad(critic_loss)(learner.critic, args, batch)
-    value_and_gradient = jax.value_and_grad(actor_loss, has_aux=True)
-    (loss, (ratio, entropy, kl)), actor_gradient = value_and_gradient(learner.actor, args, batch)
-    learning_rate = adapt(learner.learning_rate, args, kl.mean())
 
-    step, critic_opt_state = optimizers.critic.update(critic_gradient, learner.critic_opt_state)
-    step = jax.tree.map(lambda x: learning_rate * x, step)
+    value, gradient = jax.value_and_grad(critic_loss)(learner.critic, args, batch)
+    step, critic_opt_state = optimizers.critic.update(gradient, learner.critic_opt_state)
     critic = optax.apply_updates(learner.critic, step)
 
-    step, actor_opt_state = optimizers.actor.update(actor_gradient, learner.actor_opt_state)
-    step = jax.tree.map(lambda x: learning_rate * x, step)
+    actor_gradient = jax.value_and_grad(actor_loss, has_aux=True)
+    (loss, (ratio, entropy, kl)), gradient = actor_gradient(learner.actor, args, batch)
+    step, actor_opt_state = optimizers.actor.update(gradient, learner.actor_opt_state)
     actor = optax.apply_updates(learner.actor, step)
 
     metrics = {
@@ -843,7 +830,7 @@ def update_minibatch(setup: Setup, learner: Learner, batch: Batch) -> tuple[Lear
         "trust_region/kl": kl.mean(),
         "trust_region/outside": (jnp.abs(ratio - 1) > args.epsilon).mean(),
     }
-    return Learner(actor, critic, learning_rate, actor_opt_state, critic_opt_state), metrics
+    return Learner(actor, critic, actor_opt_state, critic_opt_state), metrics
 
 
 def update_epochs(setup: Setup, learner: Learner, data: Batch, key: Array) -> tuple[Learner, Metrics]:
@@ -903,7 +890,6 @@ def init_state(setup: Setup, key: Array) -> TrainState:
     learner = Learner(
         actor=actor,
         critic=critic,
-        learning_rate=jnp.full((), setup.args.learning_rate),
         actor_opt_state=optimizers.actor.init(actor),
         critic_opt_state=optimizers.critic.init(critic),
     )
@@ -966,7 +952,6 @@ def update(
         "trust_region/stored_kl": gaussian_kl(some.mean, some.std, mean, std).mean(),
         "entropy/std": data.std.mean(),
         "critic/target": target.mean(),
-        "charts/learning_rate": learner.learning_rate,
     }
     return learner, metrics
 
@@ -1067,8 +1052,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 # Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
 # calls that go with them.
 POSITIVE = (
-    "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate desired_kl "
-    "max_grad_norm hidden_dim epsilon num_workers num_devices total_timesteps eval_interval num_eval_envs "
+    "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate max_grad_norm "
+    "hidden_dim epsilon num_workers num_devices total_timesteps eval_interval num_eval_envs "
     "checkpoint_interval"
 ).split()
 
