@@ -425,7 +425,7 @@ def load_setup(args: Args) -> Setup:
     faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.__stderr__)
     try:
         env = make_env(args.env_id, find_render_mode(args))
-        setup = make_setup(args, env)
+        setup = setup_for(args, env)
         slots = np.zeros(1, slot_type(setup))
         reset_slot(env, slots[0])
         if args.capture_video:
@@ -441,7 +441,7 @@ def load_setup(args: Args) -> Setup:
     return setup
 
 
-def make_setup(args: Args, env: gym.Env) -> Setup:
+def setup_for(args: Args, env: gym.Env) -> Setup:
     """What stays constant, from the arguments and one of the environments."""
     task = Task(
         observation_size=env.observation_space.shape[0],
@@ -1740,7 +1740,7 @@ def run_training(
 
 
 def main() -> None:
-    """Run; what one of them fails with is told without a traceback of this process."""
+    """Run; what a worker fails with is told without a traceback of this process."""
     try:
         code = run()
     except WorkerError as error:
