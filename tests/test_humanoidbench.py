@@ -42,8 +42,8 @@ def simulators():
     """Starts workers, and ends them after the test."""
     started = []
 
-    def start(env_id, num_envs, num_workers):
-        started.append(trudi.Simulators(setup_for(env_id, num_workers=num_workers), num_envs))
+    def start(env_id, num_envs, num_workers, mode=None, **changes):
+        started.append(trudi.Simulators(setup_for(env_id, num_workers=num_workers, **changes), num_envs, mode))
         return started[-1]
 
     yield start
@@ -152,8 +152,8 @@ def test_goals_do_not_depend_on_the_number_of_workers(simulators):
     np.testing.assert_array_equal(seen[2], seen[0])
 
 
-def test_nothing_is_drawn_of_an_episode_that_has_ended():
-    envs = trudi.Simulators(setup_for("faulty:Filmed-v0", num_workers=1), 2, "rgb_array")
+def test_nothing_is_drawn_of_an_episode_that_has_ended(simulators):
+    envs = simulators("faulty:Filmed-v0", 2, 1, "rgb_array")
     envs.reset(1)
     for drawn in (2, 3, None, None):
         envs.slots["active"][0] = drawn is not None
@@ -161,7 +161,6 @@ def test_nothing_is_drawn_of_an_episode_that_has_ended():
         assert envs.frame is None if drawn is None else (envs.frame == drawn).all()
     envs.reset(2)
     assert (envs.frame == 4).all()
-    envs.close()
 
 
 # --------------------------------------------------------------------------------------------------- failures
@@ -250,7 +249,12 @@ def test_a_process_that_fails_while_it_starts_workers_ends(tmp_path):
         tmp_path,
         "    args = trudi.Args('faulty:Counter-v0', preset='cpu', device='cpu', num_workers=2)",
         "    start = trudi.Simulators.start",
-        "    trudi.Simulators.start = lambda self, rows, *rest: start(self, rows, *rest) if rows[0] == 0 else 1 / 0",
+        "    def second_fails(self, rows, *rest):",
+        "        if rows[0] == 0:",
+        "            return start(self, rows, *rest)",
+        "        self.request(True)",  # the first has started to ignore signals when it answers
+        "        raise ZeroDivisionError",
+        "    trudi.Simulators.start = second_fails",
         "    trudi.Simulators(trudi.load_setup(trudi.resolve(args)), 4)",
     )
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
@@ -303,14 +307,13 @@ def standin(monkeypatch):
 
 
 @pytest.mark.parametrize("env_id", ["h1hand-stand-v0", "h1-stand-v0", "humanoid_bench:h1-stand-v0", "g1-highbar_hard-v0"])
-def test_every_robot_of_humanoid_bench(env_id, standin):
+def test_every_robot_of_humanoid_bench(env_id, standin, simulators):
     """With its atoms, success bar and pictures, by its own id and with the module before it."""
     setup = setup_for(env_id, capture_video=True)
     assert (setup.args.v_min, setup.args.v_max, setup.env.success_bar) == (-250, 250, 800)
-    envs = trudi.Simulators(setup, 2, "rgb_array")
+    envs = simulators(env_id, 2, 2, "rgb_array")
     envs.reset(1)
     assert envs.frame.shape == (32, 32, 3)
-    envs.close()
 
 
 def test_an_id_without_a_model_is_refused(standin, capsys):
@@ -337,20 +340,17 @@ def test_without_affinity_of_processes(monkeypatch, capsys):
     assert stop.value.code == 2 and "--pin-workers needs Linux" in capsys.readouterr().err
 
 
-def test_workers_are_pinned_only_if_so_asked(monkeypatch):
+def test_workers_are_pinned_only_if_so_asked(monkeypatch, simulators):
     cores = os.sched_getaffinity(0)
     for pinned in (False, True):
-        setup = setup_for("faulty:Counter-v0", num_workers=len(cores), pin_workers=pinned)
-        envs = trudi.Simulators(setup, len(cores))
+        envs = simulators("faulty:Counter-v0", len(cores), len(cores), pin_workers=pinned)
         envs.reset(1)
         found = [os.sched_getaffinity(worker.process.pid) for worker in envs.workers]
         assert found == ([{core} for core in sorted(cores)] if pinned else [cores] * len(cores))
-        envs.close()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {99_999})  # where cores were taken away
-    envs = trudi.Simulators(setup, 1)
+    envs = simulators("faulty:Counter-v0", 1, 1, pin_workers=True)
     with pytest.raises(trudi.WorkerError, match="of environments 0 to 0 of faulty:Counter-v0: OSError: "):
         envs.reset(1)
-    envs.close()
 
 
 # ------------------------------------------------------------------------------------- rollout and evaluation
