@@ -26,6 +26,7 @@ dimensions, H hidden units. Latent actions go from a^N, noise, to a^0; an axis o
 order.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -45,7 +46,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
 
@@ -61,6 +62,11 @@ NAMES = (
     "cube insert_normal insert_small kitchen"
 ).split()
 TASKS = [f"h1hand-{name}-v0" for name in NAMES]
+ROBOTS = "h1hand h1 h1simplehand h1strong h1touch g1".split()
+# All that HumanoidBench registers; some lack a model.
+HUMANOID_BENCH = [
+    f"{robot}-{name}-v0" for robot in ROBOTS for name in [*NAMES, "highbar_simple", "highbar_hard"]
+]
 SUITE = {
     "humanoidbench": dict(v_min=-250.0, v_max=250.0),  # Table 5
     "gymnasium": dict(v_min=-500.0, v_max=500.0),
@@ -106,7 +112,7 @@ PRIOR_LOGITS = 40.0  # scale of the critic's output bias at the start, so that Q
 PATIENCE = 300.0  # seconds after which a worker counts as hanging; HumanoidBench takes a while to load
 # What every worker has imported before it starts, together with the module of its task.
 PRELOAD = "flax.nnx optax orbax.checkpoint tensorboardX tyro".split()
-HUMANOID_BENCH = (
+INSTALL = (
     "git clone https://github.com/carlosferrazza/humanoid-bench && "
     "pip install --no-deps -e ./humanoid-bench && "
     "pip install mujoco==3.1.6 dm_control==1.0.20 torch opencv-python-headless natsort"
@@ -120,7 +126,7 @@ class Args:
 
     # Experiment
     env_id: str = "h1hand-walk-v0"
-    """task of HumanoidBench or Gymnasium, or module:id of one that the module registers"""
+    """task of HumanoidBench, with any robot, or Gymnasium, or module:id of one that the module registers"""
     exp_name: str = SCRIPT
     """part of the run folder's name"""
     seed: int = 1
@@ -177,8 +183,10 @@ class Args:
     """where to learn; gpu fails where there is none"""
     num_devices: int = 1
     """local devices over which states are sharded"""
-    num_workers: int = len(os.sched_getaffinity(0))
+    num_workers: int | None = None
     """processes that step the environments; by default one for each core"""
+    pin_workers: bool = False
+    """keep every worker on a core of its own (Linux); slower where other work shares them"""
     compilation_cache_dir: str = "~/.cache/trudi_jax"
     """compiled programs are kept here between runs; empty: nowhere"""
     total_timesteps: int | None = None
@@ -220,9 +228,9 @@ class Args:
 COMPUTED = ("batch_size", "num_iterations")  # from other arguments
 COMMAND_LINE_ONLY = ("compilation_cache_dir", "export")  # where code is loaded from, where a file goes
 MAY_CHANGE = (
-    "device num_devices num_workers compilation_cache_dir total_timesteps eval_mode ode_score_scale "
-    "best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track wandb_project_name "
-    "wandb_entity resume evaluate export batch_size num_iterations"
+    "device num_devices num_workers pin_workers compilation_cache_dir total_timesteps eval_mode "
+    "ode_score_scale best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track "
+    "wandb_project_name wandb_entity resume evaluate export batch_size num_iterations"
 ).split()
 
 
@@ -240,15 +248,14 @@ def flag(name: str) -> str:
 
 def find_module(env_id: str) -> str:
     """The module that registers a task; exits with code 2 if the task is unknown or the module missing."""
-    known = [*TASKS, *gym.registry]
+    known = [*HUMANOID_BENCH, *gym.registry]
     if ":" not in env_id and env_id not in known:
         near = difflib.get_close_matches(env_id, known, 3, 0.4) or TASKS[:3]
         fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
-    module = env_id.rpartition(":")[0] or "gymnasium"
-    advice = ""
-    if env_id in TASKS:
-        module = "humanoid_bench"
-        advice = f"; {HUMANOID_BENCH}"
+    module = env_id.rpartition(":")[0]
+    if not module:
+        module = "humanoid_bench" if env_id in HUMANOID_BENCH else "gymnasium"
+    advice = f"; {INSTALL}" if module == "humanoid_bench" else ""
     if not util.find_spec(module.split(".")[0]):
         missing = f"the module {module}, which is neither installed nor on PYTHONPATH"
         fail(f"--env-id {env_id} needs {missing}{advice}")
@@ -272,13 +279,22 @@ from jax import Array, NamedSharding, P
 
 def resolve(args: Args) -> Args:
     """Fill in what depends on suite and preset; exit with code 2 on what cannot run."""
-    find_module(args.env_id)
-    suite = "humanoidbench" if args.env_id in TASKS else "gymnasium"
+    suite = "humanoidbench" if find_module(args.env_id) == "humanoid_bench" else "gymnasium"
+    if args.pin_workers and not hasattr(os, "sched_setaffinity"):
+        fail("--pin-workers needs Linux, whose scheduler can be told to keep a process on a core")
     values = SUITE[suite] | PRESET[args.preset]
     values |= {name: value for name, value in vars(args).items() if value is not None}
+    values.setdefault("num_workers", num_cores())
     values["batch_size"] = values["num_envs"] * values["num_steps"]
     values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
     return dataclasses.replace(args, **values)
+
+
+def num_cores() -> int:
+    """Cores that this process may use: fewer than there are under taskset or SLURM."""
+    if hasattr(os, "sched_getaffinity"):  # macOS lacks it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def find_devices(device: str) -> list[jax.Device]:
@@ -383,10 +399,11 @@ class Task(NamedTuple):
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A Gymnasium environment with observations (O,), actions (A,) in [-1, 1] and a time limit."""
-    name = f"humanoid_bench:{env_id}" if env_id in TASKS else env_id
-    env = gym.make(name, render_mode=render_mode, disable_env_checker=True)
+    name = env_id.rpartition(":")[2]
+    env = gym.make(f"{find_module(env_id)}:{name}", render_mode=render_mode, disable_env_checker=True)
     env = gym.wrappers.RecordEpisodeStatistics(env)
-    if env_id in TASKS and render_mode:  # its own render() calls an older Gymnasium
+    own = type(env.unwrapped).__module__.startswith("humanoid_bench")
+    if own and render_mode:  # its render() calls an older Gymnasium
         renderer = env.unwrapped.mujoco_renderer
         env.unwrapped.task.render = functools.partial(renderer.render, render_mode)
     box = env.action_space
@@ -404,17 +421,28 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 def load_setup(args: Args) -> Setup:
     """Find out a task's sizes and lay out the devices; exits with code 2 if it cannot be made or drawn."""
     multiprocessing.set_forkserver_preload([*PRELOAD, find_module(args.env_id)])
+    # A task that hangs ends here, too, and says where.
+    faulthandler.dump_traceback_later(PATIENCE, exit=True, file=sys.__stderr__)
     try:
         env = make_env(args.env_id, find_render_mode(args))
-        env.reset()
+        setup = setup_for(args, env)
+        slots = np.zeros(1, slot_type(setup))
+        reset_slot(env, slots[0])
         if args.capture_video:
             env.render()
     except Exception as error:  # whatever a simulator, the parts that it lacks or a GL library raise
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         advice = ""
         if args.capture_video:
-            advice = "; to draw, set MUJOCO_GL to egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)"
+            advice = "; if OpenGL is missing, MUJOCO_GL=egl (libegl1, libgl1-mesa-dri) or osmesa (libosmesa6)"
         fail(f"--env-id {args.env_id} cannot be made ({reason}){advice}")
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return setup
+
+
+def setup_for(args: Args, env: gym.Env) -> Setup:
+    """What stays constant, from the arguments and one of the environments."""
     task = Task(
         observation_size=env.observation_space.shape[0],
         success_bar=getattr(getattr(env.unwrapped, "task", None), "success_bar", None),
@@ -470,13 +498,32 @@ def slot_type(setup: Setup) -> np.dtype:
     return np.dtype(list(fields.items()), align=True)
 
 
+def put(slot: np.void, name: str, value: Any, ended: bool = False) -> None:
+    """Write an observation or reward to its slot; raises ValueError on a wrong shape and on NaN.
+
+    The observation at which an episode terminated may be NaN: nothing is learned from it.
+    """
+    if np.shape(value) != slot[name].shape:  # NumPy would broadcast some
+        raise ValueError(f"its {name} has shape {np.shape(value)}, not {slot[name].shape}")
+    slot[name] = value
+    if not (ended or np.isfinite(slot[name]).all()):
+        raise ValueError(f"its {name} is not finite")
+
+
+def reset_slot(env: gym.Env, slot: np.void, seed: int | None = None) -> None:
+    """Start an episode, which is the same in whichever worker."""
+    random.seed(int(slot["seed"]))
+    np.random.seed(slot["seed"])  # some of HumanoidBench's goals come from the process's global generator
+    observation, _ = env.reset(seed=seed)
+    put(slot, "observation", observation)
+    slot["seed"] = np.random.randint(2**32, dtype=np.uint32)  # of the next episode
+
+
 def reset_slots(envs: list[EnvSlot]) -> None:
     """Start environments; some have their clocks spread, so that time-outs do not coincide."""
     for env, slot in envs:
         seed = int(slot["seed"])
-        random.seed(seed)
-        np.random.seed(seed)  # some of HumanoidBench's goals come from the process's global generator
-        slot["observation"], _ = env.reset(seed=seed)
+        reset_slot(env, slot, seed)
         slot["begun"] = not slot["spread"]
         if slot["spread"]:
             clock = np.random.default_rng(seed).integers(env.spec.max_episode_steps)
@@ -493,12 +540,9 @@ def step_slots(envs: list[EnvSlot]) -> None:
 def step_slot(env: gym.Env, slot: np.void) -> None:
     """Step an environment; where its episode ends, the next one starts."""
     observation, reward, terminated, truncated, info = env.step(slot["action"])
-    if np.shape(observation) != slot["observation"].shape or np.ndim(reward) > 0:
-        found = f"an observation of shape {np.shape(observation)} and a reward of shape {np.shape(reward)}"
-        raise ValueError(f"a step gave {found}, where {slot['observation'].shape} and () are expected")
-    slot["observation"] = observation
-    slot["next_observation"] = observation
-    slot["reward"] = reward
+    put(slot, "observation", observation, ended=terminated)
+    put(slot, "reward", reward)
+    slot["next_observation"] = slot["observation"]
     slot["terminated"] = terminated
     slot["truncated"] = truncated and not terminated
     slot["success"] = np.fmax(slot["success"], info.get("success", np.nan))
@@ -507,11 +551,18 @@ def step_slot(env: gym.Env, slot: np.void) -> None:
         slot["begun"] = True
         slot["total"] = info["episode"]["r"]
         slot["length"] = info["episode"]["l"]
-        slot["observation"], _ = env.reset()
+        reset_slot(env, slot)
 
 
 def work(
-    pipe: Any, memory: Any, dtype: np.dtype, rows: list, env_id: str, mode: str | None, patience: float
+    pipe: Any,
+    memory: Any,
+    dtype: np.dtype,
+    rows: list,
+    env_id: str,
+    mode: str | None,
+    core: int | None,
+    patience: float,
 ) -> None:
     """A worker process, until its pipe closes. An exception, which it tells of, a crash or a hang ends it."""
     for number in (signal.SIGINT, signal.SIGTERM):  # which may reach all processes, are for the learner
@@ -519,7 +570,10 @@ def work(
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.setitimer(signal.ITIMER_REAL, patience)
+    envs: list[EnvSlot] = []
     try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
         slots = np.frombuffer(memory, dtype)
         envs = [EnvSlot(make_env(env_id, mode), slots[i]) for i in rows]
         while True:
@@ -527,22 +581,26 @@ def work(
             advance = reset_slots if pipe.recv() else step_slots
             signal.setitimer(signal.ITIMER_REAL, patience)
             advance(envs)
-            pipe.send(envs[0].env.render() if mode else None)
+            pipe.send(envs[0].env.render() if mode and envs[0].slot["active"] else None)
     except (EOFError, ConnectionError):  # the learner has gone
         return
     except Exception as error:
-        pipe.send(Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
-
-
-class Failure(NamedTuple):
-    """What a worker tells of an exception."""
-
-    reason: str
-    traceback: str
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        where = f"\n{traceback.format_exc()}" if envs else ""  # a constructor's takes no more than a line
+        pipe.send(WorkerError(f"{multiprocessing.current_process().name}: {reason}{where}"))
 
 
 class WorkerError(RuntimeError):
     """A worker has ended; the message is for the user."""
+
+
+def end_of(worker: Worker) -> WorkerError:
+    """What a worker that has ended said last, or its exit code."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        if worker.pipe.poll():
+            return worker.pipe.recv()
+    worker.process.join(5)
+    return WorkerError(f"{worker.process.name} ended with code {worker.process.exitcode}; see above")
 
 
 class Simulators:
@@ -557,20 +615,18 @@ class Simulators:
         self.slots = np.frombuffer(self.memory, dtype)
         num_workers = min(setup.args.num_workers, num_envs)
         self.workers: list[Worker] = []
-        for rows in np.array_split(range(num_envs), num_workers):
-            self.workers.append(self.start(rows, mode))
+        atexit.register(self.close)  # before multiprocessing's own, which waits for them without an end
+        cores = sorted(os.sched_getaffinity(0)) if setup.args.pin_workers else [None]
+        for i, rows in enumerate(np.array_split(range(num_envs), num_workers)):
+            self.workers.append(self.start(rows, mode, cores[i % len(cores)]))
             mode = None  # the first worker draws
-        cores = sorted(os.sched_getaffinity(0))
-        if setup.args.num_workers == len(cores):  # one for each core stays on it
-            for core, worker in zip(cores, self.workers, strict=False):
-                os.sched_setaffinity(worker.process.pid, {core})
 
-    def start(self, rows: np.ndarray, mode: str | None) -> Worker:
+    def start(self, rows: np.ndarray, mode: str | None, core: int | None) -> Worker:
         """Start the worker of some environments."""
         pipe, other = self.context.Pipe()
         process = self.context.Process(
             target=work,
-            args=(other, self.memory, self.slots.dtype, rows, self.env_id, mode, PATIENCE),
+            args=(other, self.memory, self.slots.dtype, rows, self.env_id, mode, core, PATIENCE),
             name=f"the worker of environments {rows[0]} to {rows[-1]} of {self.env_id}",
             daemon=True,
         )
@@ -580,26 +636,32 @@ class Simulators:
 
     def request(self, reset: bool) -> None:
         """Have the environments reset, or the active ones stepped."""
+        answers = []
         try:
             for worker in self.workers:
                 worker.pipe.send(reset)
-            answers = [worker.pipe.recv() for worker in self.workers]
+            for worker in self.workers:
+                answers.append(worker.pipe.recv())
         except (EOFError, ConnectionError):
-            processes = [worker.process for worker in self.workers]
-            multiprocessing.connection.wait([process.sentinel for process in processes], 5)
-            dead = next(process for process in processes if process.exitcode is not None)
-            raise WorkerError(f"{dead.name} ended with code {dead.exitcode}; see above") from None
-        for worker, answer in zip(self.workers, answers, strict=True):
-            if isinstance(answer, Failure):
-                raise WorkerError(f"{worker.process.name}: {answer.reason}\n{answer.traceback}")
+            raise end_of(worker) from None
+        for answer in answers:
+            if isinstance(answer, WorkerError):
+                raise answer
         self.frame = answers[0]
+
+    def check(self) -> None:
+        """Raise WorkerError if an idle worker has ended, or the fork server (code 255)."""
+        for worker in self.workers:
+            if not worker.process.is_alive():
+                raise end_of(worker)
 
     def close(self) -> None:
         """End the workers: each as soon as it has nothing to do, or after two seconds."""
         for worker in self.workers:
             worker.pipe.close()
+        deadline = time.monotonic() + 2
         for worker in self.workers:
-            worker.process.join(2)
+            worker.process.join(max(0, deadline - time.monotonic()))
             worker.process.kill()
 
     def reset(self, *numbers: int, spread: bool = False) -> None:
@@ -1178,9 +1240,17 @@ def evaluation_action(setup: Setup, learner: Learner, inputs: Inputs, key: Array
 
 
 def play(
-    setup: Setup, choose: Callable, envs: Simulators, state: TrainState, folder: pathlib.Path
+    setup: Setup,
+    choose: Callable,
+    envs: Simulators,
+    state: TrainState,
+    folder: pathlib.Path,
+    received: Sequence[int] = (),
 ) -> dict[str, float]:
-    """An episode in each evaluation environment: metrics and, with --capture-video, an mp4 of the first."""
+    """An episode in each evaluation environment: metrics and, with --capture-video, an mp4 of the first.
+
+    Once a signal has been received there are neither.
+    """
     args = setup.args
     iteration = int(state.iteration)
     slots = envs.slots
@@ -1188,6 +1258,8 @@ def play(
     frames = []
     action_key = jax.random.fold_in(state.key, 2**31)  # training folds in none
     for key in np.asarray(jax.random.split(action_key, setup.time_limit)):
+        if received:
+            return {}
         if args.capture_video and slots["active"][0]:
             frames.append(envs.frame)
         envs.step(choose(state.learner, state.statistics, slots["observation"].copy(), key))
@@ -1627,8 +1699,9 @@ def run_training(
     log = open_log(folder, done * args.batch_size)
     stop = 0
     bad: list[str] = []  # metrics that are not finite
+    failure: Exception | None = None  # of a worker or an evaluation
     started = time.perf_counter() - float(saved.get("wall_time", 0.0))
-    while done < args.num_iterations and not bad and not stop:
+    while done < args.num_iterations and not (bad or stop or failure):
         began = time.perf_counter()
         data, episodes = collect(setup, programs.sample, envs, state)
         state, updated = programs.update(state, data)
@@ -1641,35 +1714,41 @@ def run_training(
         if done == 1:
             check_contract(updated)
         bad = not_finite(metrics)
-        if not bad and (last or done % args.eval_interval == 0):
-            metrics |= play(setup, programs.choose, eval_envs, state, folder)
-            bad = not_finite(metrics)
+        due = not bad and (last or done % args.eval_interval == 0)
+        try:
+            envs.check()
+            eval_envs.check()
+            metrics |= play(setup, programs.choose, eval_envs, state, folder, received) if due else {}
+        except Exception as error:  # raised once this iteration is logged and saved
+            failure = error
+        bad = not_finite(metrics)
         wall_time = time.perf_counter() - started
         log(step, wall_time, metrics)
         print_line(args, metrics, done, wall_time)
 
         stop = received[0] if received else 0
-        if not bad and (last or stop or done % args.checkpoint_interval == 0):
+        if not bad and (last or stop or failure or done % args.checkpoint_interval == 0):
             wall_time = time.perf_counter() - started
             save_checkpoint(folder, jax.device_get(state), step, {"wall_time": np.float64(wall_time)})
     print(folder)
     if bad:
         keep_diverged(args, state, bad, done, folder)
         return 1
+    if failure and not stop:  # a signal to the whole group ends the fork server, too
+        raise failure
     return 128 + stop if stop else 0
 
 
 def main() -> None:
-    """Run, and end the workers; what one of them fails with is told without a traceback of this process."""
+    """Run; what a worker fails with is told without a traceback of this process."""
     try:
-        with contextlib.ExitStack() as stack:
-            code = run(stack)
+        code = run()
     except WorkerError as error:
         sys.exit(f"{SCRIPT}.py: error: {error}")
     sys.exit(code)
 
 
-def run(stack: contextlib.ExitStack) -> int:
+def run() -> int:
     """Parse, start workers, compile, then train, resume or evaluate; returns the process's exit code."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's messages; its errors are raised
     args = parse()
@@ -1688,14 +1767,12 @@ def run(stack: contextlib.ExitStack) -> int:
         return 0
     programs = make_programs(setup)
     eval_envs = Simulators(setup, args.num_eval_envs, find_render_mode(args))
-    stack.callback(eval_envs.close)
     if args.evaluate:
         metrics = play(setup, programs.choose, eval_envs, state, pathlib.Path(args.evaluate))
         print(json.dumps(metrics))
         return 0
     began = time.perf_counter()
     envs = Simulators(setup, args.num_envs)
-    stack.callback(envs.close)
     programs = compile_all(setup, programs, envs, eval_envs, state)
     print(f"workers started, programs compiled in {time.perf_counter() - began:.1f} s", flush=True)
     return run_training(setup, programs, envs, eval_envs, state, saved)

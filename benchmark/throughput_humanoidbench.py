@@ -80,12 +80,7 @@ def start_workers(options: Options, setup: trudi.Setup) -> Vector:
     def step() -> None:
         envs.step(rng.uniform(-1, 1, (options.num_envs, setup.action_size)))
 
-    def stop() -> None:
-        for worker in envs.workers:
-            worker.process.terminate()
-            worker.process.join()
-
-    return Vector(step, stop)
+    return Vector(step, envs.close)
 
 
 def start_gymnasium(options: Options, action_size: int) -> Vector:

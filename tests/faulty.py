@@ -1,5 +1,6 @@
 """Small Gymnasium environments that misbehave or whose episodes are known, as `faulty:Raises-v0` and so on."""
 
+import multiprocessing
 import os
 import time
 
@@ -81,7 +82,101 @@ class Draws(Counter):
         return np.random.rand(2), {}
 
 
-for kind in (Counter, Raises, Dies, Hangs, Misshapen, Paying, Draws):
+class Redraws(Draws):
+    """The same, in episodes of three and five steps."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(ends=(3, 5), render_mode=render_mode)
+
+
+class Narrow(Counter):
+    """Observes one number less than its space has, which NumPy would broadcast, in its first observation."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset()[0][:1], {}
+
+
+class Narrowing(Counter):
+    """The same, but in that of its second episode only, which begins after the third step."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(ends=(3,), render_mode=render_mode)
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset()
+        return observation[: 2 - self.episode], info
+
+
+class Blurred(Counter):
+    """Observes NaN from its third step on."""
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return observation if self.now < 3 else observation * np.nan, *rest
+
+
+class Fallen(Blurred):
+    """The same, at the end of an episode."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(ends=(3,), render_mode=render_mode)
+
+
+class Bankrupt(Counter):
+    """Pays NaN from its third step on."""
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, reward if self.now < 3 else np.nan, *rest
+
+
+class Deaf(Counter):
+    """Closes all files of its process at its third step, its pipe to the learner among them, and goes on."""
+
+    def step(self, action):
+        if self.now == 2:
+            os.closerange(3, 256)
+            time.sleep(60)
+        return super().step(action)
+
+
+class Late(Counter):
+    """Cannot be made in a worker."""
+
+    def __init__(self, render_mode=None):
+        if multiprocessing.parent_process():
+            raise OSError("no such mesh:\nhand.stl")
+        super().__init__()
+
+
+class Sleeper(Counter):
+    """Never returns from its reset."""
+
+    def reset(self, *, seed=None, options=None):
+        time.sleep(1000)
+
+
+class Impatient(Counter):
+    """Truncates itself after five steps, long before its time limit."""
+
+    def step(self, action):
+        observation, reward, terminated, _, info = super().step(action)
+        return observation, reward, terminated, self.now == 5, info
+
+
+class Filmed(Counter):
+    """Draws how often it has drawn."""
+
+    drawn = 0
+
+    def render(self):
+        self.drawn += 1
+        return np.full((2, 2, 3), self.drawn, np.uint8)
+
+
+KINDS = (Counter, Raises, Dies, Hangs, Misshapen, Paying, Draws, Redraws, Narrow, Narrowing, Blurred, Fallen, Bankrupt, Deaf,
+         Late, Sleeper, Impatient, Filmed)
+for kind in KINDS:
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=20)
 gym.register("Discrete-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=20)
 gym.register("Endless-v0", Counter)

@@ -1,11 +1,13 @@
 """The workers that step environments, against plain loops, and the command line of trudi_humanoidbench.py."""
 
+import importlib.util
 import json
 import multiprocessing.forkserver
 import os
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -40,8 +42,8 @@ def simulators():
     """Starts workers, and ends them after the test."""
     started = []
 
-    def start(env_id, num_envs, num_workers):
-        started.append(trudi.Simulators(setup_for(env_id, num_workers=num_workers), num_envs))
+    def start(env_id, num_envs, num_workers, mode=None, **changes):
+        started.append(trudi.Simulators(setup_for(env_id, num_workers=num_workers, **changes), num_envs, mode))
         return started[-1]
 
     yield start
@@ -138,13 +140,40 @@ def test_seeds(simulators):
         assert len({tuple(x) for x in seen[0]}) == 4
 
 
+def test_goals_do_not_depend_on_the_number_of_workers(simulators):
+    """Though they come from the global generator of a process, which its environments share."""
+    seen = []
+    for num_workers in (1, 2, 4):
+        envs = simulators("faulty:Redraws-v0", 4, num_workers)
+        envs.reset(1)
+        seen.append([envs.step(np.zeros((4, 1)))["observation"].copy() for _ in range(20)])
+        assert len(np.unique(np.ravel(seen[-1]) % 1)) > 4 * 2 * 4  # four resets or more, each with goals of its own
+    np.testing.assert_array_equal(seen[1], seen[0])
+    np.testing.assert_array_equal(seen[2], seen[0])
+
+
+def test_nothing_is_drawn_of_an_episode_that_has_ended(simulators):
+    envs = simulators("faulty:Filmed-v0", 2, 1, "rgb_array")
+    envs.reset(1)
+    for drawn in (2, 3, None, None):
+        envs.slots["active"][0] = drawn is not None
+        envs.step(np.zeros((2, 1)))
+        assert envs.frame is None if drawn is None else (envs.frame == drawn).all()
+    envs.reset(2)
+    assert (envs.frame == 4).all()
+
+
 # --------------------------------------------------------------------------------------------------- failures
 FAILURES = {
     "faulty:Raises-v0": ["v0: ZeroDivisionError: the robot fell through the floor\n", "faulty.py"],
     "faulty:Dies-v0": ["with code 7;"],
     "faulty:Hangs-v0": [f"with code {-signal.SIGALRM};", "faulty.py", "in step"],
-    "faulty:Misshapen-v0": ["v0: ValueError: a step gave an observation of shape (1,) and a reward of shape ()"],
-    "faulty:Paying-v0": ["v0: ValueError: a step gave an observation of shape (2,) and a reward of shape (1,)"],
+    "faulty:Misshapen-v0": ["v0: ValueError: its observation has shape (1,), not (2,)\n"],
+    "faulty:Paying-v0": ["v0: ValueError: its reward has shape (1,), not ()\n"],
+    "faulty:Narrowing-v0": ["v0: ValueError: its observation has shape (1,), not (2,)\n", "in reset_slot"],
+    "faulty:Blurred-v0": ["v0: ValueError: its observation is not finite\n"],
+    "faulty:Bankrupt-v0": ["v0: ValueError: its reward is not finite\n"],
+    "faulty:Deaf-v0": ["with code None;"],
 }
 
 
@@ -165,6 +194,72 @@ def test_a_worker_that_fails(env_id, words, simulators, monkeypatch, capfd):
     assert all(word in said for word in words), said
 
 
+def test_a_simulation_may_end_in_an_observation_that_is_not_finite(simulators):
+    envs = simulators("faulty:Fallen-v0", 2, 1)
+    envs.reset(1)
+    for _ in range(3):
+        slots = envs.step(np.zeros((2, 1)))
+    assert np.isnan(slots["next_observation"]).all() and slots["terminated"].all()
+    assert slots["observation"].tolist() == [[0, 1]] * 2
+
+
+def test_a_task_that_only_workers_cannot_make(simulators):
+    """The cause is told in a line, also where the worker was gone before it was asked."""
+    for seconds in (0, 3):
+        envs = simulators("faulty:Late-v0", 4, 2)
+        time.sleep(seconds)
+        with pytest.raises(trudi.WorkerError) as error:
+            envs.reset(1)
+        assert str(error.value) == "the worker of environments 0 to 1 of faulty:Late-v0: OSError: no such mesh: hand.stl"
+
+
+def test_the_death_of_an_idle_worker_or_the_fork_server_is_noticed(simulators):
+    envs = simulators("faulty:Counter-v0", 4, 2)
+    envs.reset(1)
+    envs.check()
+    os.kill(envs.workers[1].process.pid, signal.SIGKILL)
+    envs.workers[1].process.join()
+    with pytest.raises(trudi.WorkerError, match="environments 2 to 3 of faulty:Counter-v0 ended with code -9;"):
+        envs.check()
+    envs = simulators("faulty:Counter-v0", 4, 2)
+    envs.reset(1)
+    os.kill(multiprocessing.forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    envs.workers[0].process.join()
+    with pytest.raises(trudi.WorkerError, match="ended with code 255;"):
+        envs.check()
+
+
+def in_a_process(tmp_path, *lines):
+    """A finished process of lines that follow the script's import; it must take no more than a minute on idle cores."""
+    path = tmp_path / "lines.py"
+    path.write_text("\n".join(["import trudi_humanoidbench as trudi", "if __name__ == '__main__':", *lines]))
+    return subprocess.run([sys.executable, str(path)], env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True,
+                          timeout=60 * float(os.environ.get("TRUDI_TEST_PATIENCE", 1)))
+
+
+def test_a_first_reset_that_hangs_is_told(tmp_path):
+    args = "    trudi.load_setup(trudi.resolve(trudi.Args('faulty:Sleeper-v0', device='cpu')))"
+    done = in_a_process(tmp_path, "    trudi.PATIENCE = 3", args)
+    assert done.returncode == 1 and "faulty.py" in done.stderr and "in reset\n" in done.stderr, done.stderr
+
+
+def test_a_process_that_fails_while_it_starts_workers_ends(tmp_path):
+    """They ignore the SIGTERM by which multiprocessing ends what is left at the end, and then waits."""
+    done = in_a_process(
+        tmp_path,
+        "    args = trudi.Args('faulty:Counter-v0', preset='cpu', device='cpu', num_workers=2)",
+        "    start = trudi.Simulators.start",
+        "    def second_fails(self, rows, *rest):",
+        "        if rows[0] == 0:",
+        "            return start(self, rows, *rest)",
+        "        self.request(True)",  # the first has started to ignore signals when it answers
+        "        raise ZeroDivisionError",
+        "    trudi.Simulators.start = second_fails",
+        "    trudi.Simulators(trudi.load_setup(trudi.resolve(args)), 4)",
+    )
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
 REFUSED = {
     "Hoper-v5": ["unknown --env-id", "Hopper-v5"],
     "h1hand-wlak-v0": ["h1hand-walk-v0"],
@@ -172,6 +267,8 @@ REFUSED = {
     "faulty:Nothing-v0": ["cannot be made", "Nothing"],
     "faulty:Discrete-v0": ["Box(A,)"],
     "faulty:Endless-v0": ["max_episode_steps"],
+    "faulty:Narrow-v0": ["cannot be made", "its observation has shape (1,), not (2,)"],
+    "h1-wlak-v0": ["unknown --env-id", "h1-walk-v0"],
 }
 
 
@@ -195,6 +292,65 @@ def test_humanoid_bench_is_needed_for_its_own_tasks_only(capsys, monkeypatch):
     assert stop.value.code == 2 and "pip install --no-deps -e ./humanoid-bench" in capsys.readouterr().err
     setup_for("Hopper-v5")
     assert "humanoid_bench" not in sys.modules
+
+
+@pytest.fixture
+def standin(monkeypatch):
+    """A module humanoid_bench with ids and rendering as HumanoidBench has them, for a test."""
+    before = dict(gym.registry)
+    monkeypatch.delitem(sys.modules, "humanoid_bench", raising=False)
+    monkeypatch.syspath_prepend(ROOT / "tests" / "humanoid_standin")
+    yield
+    sys.modules.pop("humanoid_bench", None)
+    gym.registry.clear()
+    gym.registry.update(before)
+
+
+@pytest.mark.parametrize("env_id", ["h1hand-stand-v0", "h1-stand-v0", "humanoid_bench:h1-stand-v0", "g1-highbar_hard-v0"])
+def test_every_robot_of_humanoid_bench(env_id, standin, simulators):
+    """With its atoms, success bar and pictures, by its own id and with the module before it."""
+    setup = setup_for(env_id, capture_video=True)
+    assert (setup.args.v_min, setup.args.v_max, setup.env.success_bar) == (-250, 250, 800)
+    envs = simulators(env_id, 2, 2, "rgb_array")
+    envs.reset(1)
+    assert envs.frame.shape == (32, 32, 3)
+
+
+def test_an_id_without_a_model_is_refused(standin, capsys):
+    """The stand-in has fewer robots than HumanoidBench."""
+    assert "h1strong-walk-v0" in trudi.HUMANOID_BENCH
+    with pytest.raises(SystemExit) as stop:
+        setup_for("h1strong-walk-v0")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "h1strong-walk-v0 cannot be made" in error
+
+
+# ------------------------------------------------------------------------------------------------------ cores
+def test_without_affinity_of_processes(monkeypatch, capsys):
+    """As on macOS: workers for all cores; they cannot be pinned."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "sched_setaffinity")
+    spec = importlib.util.spec_from_file_location("on_macos", ROOT / "trudi_humanoidbench.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "on_macos", script)
+    spec.loader.exec_module(script)
+    assert script.resolve(script.Args("Hopper-v5")).num_workers == os.cpu_count()
+    with pytest.raises(SystemExit) as stop:
+        script.resolve(script.Args("Hopper-v5", pin_workers=True))
+    assert stop.value.code == 2 and "--pin-workers needs Linux" in capsys.readouterr().err
+
+
+def test_workers_are_pinned_only_if_so_asked(monkeypatch, simulators):
+    cores = os.sched_getaffinity(0)
+    for pinned in (False, True):
+        envs = simulators("faulty:Counter-v0", len(cores), len(cores), pin_workers=pinned)
+        envs.reset(1)
+        found = [os.sched_getaffinity(worker.process.pid) for worker in envs.workers]
+        assert found == ([{core} for core in sorted(cores)] if pinned else [cores] * len(cores))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {99_999})  # where cores were taken away
+    envs = simulators("faulty:Counter-v0", 1, 1, pin_workers=True)
+    with pytest.raises(trudi.WorkerError, match="of environments 0 to 0 of faulty:Counter-v0: OSError: "):
+        envs.reset(1)
 
 
 # ------------------------------------------------------------------------------------- rollout and evaluation
@@ -249,6 +405,16 @@ def test_first_episodes_whose_clocks_are_set_are_not_counted(simulators):
         assert set(np.unique(data.episode_length[ended & ~first])) == {5, 10}
 
 
+def test_episodes_that_truncate_themselves_are_counted(simulators):
+    setup = setup_for("faulty:Impatient-v0", num_steps=25)
+    state = trudi.new_state(setup, jax.random.PRNGKey(0))
+    envs = simulators("faulty:Impatient-v0", 4, 2)
+    envs.reset(5)
+    data, episodes = trudi.collect(setup, fixed_policy(0.5)[0], envs, state)
+    assert data.truncated.sum() == episodes["charts/episodes"] == 20
+    assert episodes["charts/episodic_return"] == episodes["charts/episodic_length"] == 5
+
+
 EPISODES = {
     "faulty:Counter-v0": {"episodic_return": 20, "episodic_return_std": 0, "episodic_length": 20},
     "faulty:Barred-v0": {"episodic_return": 5, "episodic_length": 5, "success_bar": 4, "success": 1},
@@ -270,22 +436,86 @@ def test_evaluation(env_id, simulators, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- what ends a run
-def run_with(metrics, simulators, tmp_path, monkeypatch):
-    """The exit code of a run, and its folder, whose updates do nothing but return these metrics."""
+def run_with(metrics, simulators, tmp_path, monkeypatch, happen=lambda what: None, received=(), eval_id="faulty:Counter-v0"):
+    """The exit code of a run, and its folder, whose updates do nothing but return these metrics; `happen` is called before
+    each update and evaluation step."""
     setup = setup_for("faulty:Counter-v0", total_timesteps=320, log_dir=str(tmp_path))
-    monkeypatch.setattr(trudi, "catch_signals", list)  # pytest keeps its own handlers
-    sample, choose = fixed_policy(0.5)
+    monkeypatch.setattr(trudi, "catch_signals", lambda: received)  # pytest keeps its own handlers
+    sample, act = fixed_policy(0.5)
+
+    def choose(*inputs):
+        happen("choose")
+        return act(*inputs)
 
     def update(state, data):
+        happen("update")
         return state._replace(iteration=state.iteration + 1), metrics
 
     programs = trudi.Compiled(sample, choose, update)
     state = trudi.new_state(setup, jax.random.PRNGKey(0))
     envs = simulators("faulty:Counter-v0", 4, 1)
-    eval_envs = simulators("faulty:Counter-v0", 3, 1)
+    eval_envs = simulators(eval_id, 3, 1)
     code = trudi.run_training(setup, programs, envs, eval_envs, state, {})
     (folder,) = tmp_path.iterdir()
     return code, folder
+
+
+FINE = {"trust_region/initial_kl": np.zeros(())}
+
+
+def checkpoints(folder):
+    return [path.name for path in (folder / "checkpoints").iterdir()]
+
+
+def test_an_evaluation_that_fails_loses_neither_log_nor_checkpoint(simulators, tmp_path, monkeypatch):
+    with pytest.raises(trudi.WorkerError, match="the robot fell through the floor"):
+        run_with(FINE, simulators, tmp_path, monkeypatch, eval_id="faulty:Raises-v0")
+    (folder,) = tmp_path.iterdir()
+    assert [event["step"] for event in metrics(folder)] == [32 * i for i in range(1, 11)]
+    assert not any(name.startswith("eval/") for name in metrics(folder)[-1]) and checkpoints(folder) == ["320"]
+
+
+def test_a_signal_ends_an_evaluation(simulators, tmp_path, monkeypatch):
+    received, steps = [], []
+
+    def stop(what):
+        steps.append(what)
+        if what == "choose":
+            received.append(signal.SIGTERM)
+
+    code, folder = run_with(FINE, simulators, tmp_path, monkeypatch, stop, received)
+    assert code == 143 and steps == ["update"] * 10 + ["choose"]
+    assert metrics(folder)[-1]["step"] == 320 and checkpoints(folder) == ["320"]
+
+
+def test_a_worker_of_the_next_evaluation_that_dies_ends_the_run(simulators, tmp_path, monkeypatch):
+    """After the iteration in which it does, not when it is asked."""
+
+    def kill(what):
+        updates.append(what)
+        if len(updates) == 2:
+            victim = max(multiprocessing.active_children(), key=lambda process: process._identity)  # started last
+            victim.kill()
+            victim.join()
+
+    updates = []
+    with pytest.raises(trudi.WorkerError, match="environments 0 to 2 of faulty:Counter-v0 ended with code -9;"):
+        run_with(FINE, simulators, tmp_path, monkeypatch, kill)
+    (folder,) = tmp_path.iterdir()
+    assert len(updates) == 2 and checkpoints(folder) == ["64"] and metrics(folder)[-1]["step"] == 64
+
+
+def test_a_signal_to_the_fork_server_too_is_no_failure(simulators, tmp_path, monkeypatch):
+    """As one to the whole process group is."""
+    received = []
+
+    def stop(what):
+        os.kill(multiprocessing.forkserver._forkserver._forkserver_pid, signal.SIGTERM)
+        time.sleep(0.5)
+        received.append(signal.SIGTERM)
+
+    code, folder = run_with(FINE, simulators, tmp_path, monkeypatch, stop, received)
+    assert code == 143 and checkpoints(folder) == ["32"] and len(metrics(folder)) == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
