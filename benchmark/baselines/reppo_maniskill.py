@@ -14,19 +14,20 @@
 
     python benchmark/baselines/reppo_maniskill.py --env-id PushCube-v1 --preset cpu
 
-It is made from trudi_maniskill.py, and what differs is this. The policy is the tanh of a Gaussian, whose
-mean and standard deviation are given by a network of TruDi's shape without latents and time (Table 4 of
-TruDi's paper, arXiv 2606.15260). So the entropy is a sample of -log pi(u|s), where TruDi has a bound of it,
-and the trust region's KL is that of two Gaussians in closed form, for which REPPO's code averages log-ratios
-of 16 samples. No old actor is needed for it. The split loss, the duals, the critic and its soft
-lambda-returns are TruDi's, which has them from REPPO. --eval-mode mode takes the tanh of the mean.
+It is made from trudi_maniskill.py, and what differs is this. The policy is the tanh of a Gaussian, whose mean
+and standard deviation are given by a network of TruDi's shape without latents and time (Table 4 of TruDi's
+paper, arXiv 2606.15260). So the entropy is a sample of -log pi(u|s), where TruDi has a bound of it, and the
+trust region's KL is that of two Gaussians in closed form, for which REPPO's code averages log-ratios of 16
+samples. No old actor is needed for it. The split loss, the duals, the critic and its soft lambda-returns are
+TruDi's, which has them from REPPO. --eval-mode mode takes the tanh of the mean.
 
 Of TruDi's paper are the sizes, the atoms, epsilon, the learning rates and the gradients' clip (Tables 4 and
 5); of REPPO's code the entropy's target, -A / 2, alpha and lambda at the start, lambda of the returns, and
 gamma, 1 - 10 / time limit.
 
 `# Eq. 181` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, A action dimensions, O entries of an observation, H hidden units.
+rollout, E environments, B states of a batch, A action dimensions, O entries of an observation, H hidden
+units.
 """
 
 import contextlib
