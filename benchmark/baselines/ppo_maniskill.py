@@ -757,14 +757,16 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = ma
 
 
 def update_minibatch(args: Args, learner: Learner, batch: Batch) -> Tensor:
-    """One gradient step each of critic and actor; returns the numbers of UPDATE_METRICS."""
-    value = critic_loss(learner.critic, args, batch)
+    """One gradient step each of actor and critic; returns the numbers of UPDATE_METRICS."""
     loss, (ratio, entropy, kl) = actor_loss(learner.actor, args, batch)
     mean_kl = everywhere(kl).mean()  # the same in all processes, and so the learning rate
     for learning_rate in learning_rates(learner):
         learning_rate.copy_(adapt(learning_rate, args, mean_kl))
-    descend(learner.critic_optimizer, value, args.max_grad_norm)
     descend(learner.actor_optimizer, loss, args.max_grad_norm)
+
+    # Only now, as torch.compile would join the graphs of two losses, and each is freed as it is descended.
+    value = critic_loss(learner.critic, args, batch)
+    descend(learner.critic_optimizer, value, args.max_grad_norm)
 
     outside = ((ratio - 1).abs() > args.epsilon).float()
     return torch.stack([value.detach(), loss.detach(), entropy.mean(), mean_kl, outside.mean()])
