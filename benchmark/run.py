@@ -3,7 +3,7 @@
     python -m benchmark.run --suite dmc --seeds 10                        # a process on each GPU found here
     python -m benchmark.run --suite all --slurm --slurm-hours 8           # the same as a job array
     python -m benchmark.run --tasks CheetahRun WalkerWalk --seeds 3 --workers 2 --flags="--preset cpu"
-    python -m benchmark.run --suite dmc --algorithm reppo --seeds 10      # one of benchmark/baselines
+    python -m benchmark.run --suite maniskill --algorithm reppo --seeds 10      # one of benchmark/baselines
     python -m benchmark.run --ablation epsilon --tasks CheetahRun --seeds 3 --flags="--preset cpu"
 
 The same command again skips what is finished and continues what was interrupted; Ctrl-C lets every run write
@@ -153,7 +153,7 @@ def check(options: Options, tasks: list[Task]) -> None:
              (options.algorithm == ALGORITHMS[0] or not options.ablation,
               "--ablation is of TruDi, not of another --algorithm"),
              (options.vmap_seeds == 1 or vmapped,
-              "--vmap-seeds is for trudi_mjx.py and baselines, which lack these tasks"),
+              "--vmap-seeds is for trudi_mjx.py and its baselines, which lack these tasks"),
              (not taken, f"--flags must not have {' '.join(sorted(taken))}, which the sweep sets"),
              (known, f"there is no --preset {preset}")]
     for message in (message for holds, message in rules if not holds):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# all but the first in benchmark/baselines, for Playground
+# all but the first in benchmark/baselines, each for the suites whose script stands there
 ALGORITHMS = ("trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo")
 # a script's tables, in terms of literals and of each other
 CONSTANTS = ("DMC", "HUMANOID", "NAMES", "TASKS", "PAPER", "CPU", "CPU_HUMANOID", "PRESET")

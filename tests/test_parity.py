@@ -51,8 +51,8 @@ def pair(scale=1.0):
 
 
 def as_torch(network):
-    """A network of trudi_mjx.py, or a gradient of it, as PyTorch's state_dict, whose layers are in blocks."""
-    critic = isinstance(network, mjx.Critic)
+    """A network of trudi_mjx.py or of a baseline, or a gradient of it, as PyTorch's state_dict, whose layers are in blocks."""
+    critic = type(network).__name__ == "Critic"
     found, numbers = {}, {"time_mlp.1": "time_mlp.2"}
     for i in range(3):
         numbers |= {f"hidden.{i}": f"blocks.{i}.{int(not critic)}", f"norms.{i}": f"blocks.{i}.{int(critic)}"}

@@ -1,0 +1,1546 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "mani-skill==3.0.1",
+#     "tensorboard>=2.18",
+#     "tensorboardx>=2.6.2",
+#     "tensordict>=0.10",
+#     "torch==2.13.0",
+#     "tyro>=1.0",
+#     "wandb>=0.19.10",
+# ]
+# ///
+"""DIME (Diffusion-Based Maximum Entropy RL, arXiv 2502.02316) on on-policy data on ManiSkill3.
+
+    python benchmark/baselines/dime_maniskill.py --env-id PushCube-v1 --preset cpu
+
+It is made from trudi_maniskill.py, and what differs is this. There is no trust region: every state has the
+loss that TruDi has inside of it, -alpha l - Q with the entropy bound l of DIME, so that lambda and stored
+chains are gone. The paper calls this "DIME (on-policy data)" and gives it TruDi's networks (Appendix B.5 of
+arXiv 2606.15260); DIME itself learns off-policy from a replay buffer. The critic, its soft lambda-returns,
+alpha and its target are TruDi's, so that the two differ in nothing but the trust region. The KL that an
+iteration came to is logged, as trust_region/fresh_kl; for nothing else is the old actor kept.
+
+Of TruDi's paper are the sizes, the atoms, the learning rates and the gradients' clip (Tables 4 and 5); of
+REPPO's code lambda of the returns, alpha at the start, and gamma, 1 - 10 / time limit; of DIME's the step
+sizes and the prior's deviation. The entropy's target is TruDi's, on which the paper is silent.
+
+`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, N denoising steps, A action dimensions, O entries of an
+observation, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N is ordered n = 1 ... N.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata, util
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+SCRIPT = pathlib.Path(__file__).stem
+RANK = int(os.environ.get("RANK", "0"))  # torchrun's number of this process
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # and how many it has started
+
+# ----------------------------------------------------------------------------------------------- constants
+TASKS = (
+    "PickCube-v1 StackCube-v1 PokeCube-v1 PullCube-v1 PushCube-v1 RollBall-v1 LiftPegUpright-v1 "
+    "PlaceSphere-v1 PlugCharger-v1 PushT-v1 PullCubeTool-v1 TwoRobotPickCube-v1 TwoRobotStackCube-v1"
+).split()
+PAPER = dict(  # Table 5, but for gamma: its 0.99 makes returns of up to 100, of which these atoms hold 15
+    total_timesteps=50_000_000,
+    num_envs=1024,
+    num_steps=128,
+    num_epochs=8,
+    minibatch_size=2048,
+    hidden_dim=512,
+    actor_learning_rate=3e-4,
+    critic_learning_rate=3e-4,
+    dual_learning_rate=3e-4,
+    target_entropy_scale=0.665,
+    gamma=0.8,
+    v_min=-15.0,
+    v_max=15.0,
+    reward_mode="normalized_dense",
+    num_eval_envs=128,
+    eval_interval=15,
+    checkpoint_interval=15,
+)
+CPU = PAPER | dict(  # measured on two cores, see README.md
+    total_timesteps=300_000,
+    num_envs=32,
+    num_steps=64,
+    minibatch_size=256,
+    hidden_dim=64,
+    actor_learning_rate=6e-4,
+    critic_learning_rate=6e-4,
+    dual_learning_rate=1.2e-3,
+    num_eval_envs=32,
+    eval_interval=20,
+    checkpoint_interval=20,
+)
+PRESET = {"paper": PAPER, "cpu": CPU}
+# As in REPPO's code, gamma is 1 - 10 / time limit; most tasks have 50 steps, as other modules' may have.
+TASK_SETTINGS = {
+    "RollBall-v1": dict(gamma=0.875),
+    "PlugCharger-v1": dict(gamma=0.95, reward_mode="sparse"),
+    "PushT-v1": dict(gamma=0.9),
+    "PullCubeTool-v1": dict(gamma=0.9),
+    "TwoRobotPickCube-v1": dict(gamma=0.9),
+    "TwoRobotStackCube-v1": dict(gamma=0.9),
+}
+
+# Clips actions for the simulator and the critic's data; not in the losses, where it would stop gradients.
+ACTION_LIMIT = 0.999
+STEP_SIZE = 0.125  # delta, the scale of the chain's step sizes
+KAPPA_MIN = 1e-3  # floor of their cosine schedule
+SCHEDULE_SHIFT = 0.008  # and its offset
+TIME_FEATURES = 32
+HL_GAUSS_SIGMA = 0.75  # in atom widths
+INITIAL_DUAL = 0.01  # alpha at the start
+PRIOR_LOGITS = 40.0  # scale of the critic's output bias at the start, so that Q starts near 0
+CALLS_BEFORE_GRAPH = 5  # of a program, before its CUDA graph is captured
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train a DIME agent. A flag whose default is None takes the value of --preset or of the task."""
+
+    # Experiment
+    env_id: str = "PushCube-v1"
+    """task of ManiSkill3, or module:id of one that the module registers"""
+    exp_name: str = SCRIPT
+    """part of the run folder's name"""
+    seed: int = 1
+    """of everything: networks, noise, environments"""
+    preset: Literal["paper", "cpu"] = "paper"
+    """sizes: the paper's Table 5, or small ones for two CPU cores"""
+    reward_mode: Literal["normalized_dense", "dense", "sparse"] | None = None
+    """the task's reward; default: normalized_dense if the task has it"""
+    log_dir: str = "runs"
+    """parent of the run folders"""
+
+    # Rollouts and updates
+    num_envs: int | None = None
+    """parallel environments, over all processes (paper: 1024)"""
+    num_steps: int | None = None
+    """steps of each environment in a rollout (paper: 128)"""
+    num_epochs: int | None = None
+    """passes over a rollout (paper: 8)"""
+    minibatch_size: int | None = None
+    """states in a gradient step, over all processes (paper: 2048)"""
+    gamma: float | None = None
+    """discount (paper: 0.99, which does not fit its atoms; here 1 - 10 / time limit)"""
+    td_lambda: float = 0.95
+    """lambda of the critic's lambda-returns"""
+    actor_learning_rate: float | None = None
+    """of Adam (paper: 3e-4)"""
+    critic_learning_rate: float | None = None
+    """of Adam (paper: 3e-4)"""
+    dual_learning_rate: float | None = None
+    """of Adam, for log alpha (paper: 3e-4)"""
+    max_grad_norm: float = 0.5
+    """global-norm clip, of actor and critic apart"""
+
+    # Policy and critic
+    hidden_dim: int | None = None
+    """width of actor and critic (paper: 512)"""
+    num_diffusion_steps: int = 8
+    """denoising steps N"""
+    prior_std: float = 2.5
+    """standard deviation of the noise a^N"""
+    learn_friction: bool = True
+    """learn the step sizes, one factor for each action dimension"""
+    target_entropy_scale: float | None = None
+    """the entropy target is minus this for each action dimension, in nats (the paper is silent; 0.665)"""
+    v_min: float | None = None
+    """lowest atom of the critic (paper: -15)"""
+    v_max: float | None = None
+    """highest atom of the critic (paper: 15)"""
+    num_atoms: int = 151
+    """atoms of the critic"""
+
+    # What may differ when a run is continued or evaluated; MAY_CHANGE lists it
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where to run; gpu fails where there is none"""
+    compile: bool | None = None
+    """torch.compile and CUDA graphs; default: on a GPU only"""
+    total_timesteps: int | None = None
+    """environment steps, over all environments (paper: 50M)"""
+    eval_mode: Literal["ode", "sde", "best-of-k"] = "ode"
+    """how to act: the probability-flow ODE, a sample, or the best of K samples by Q"""
+    ode_score_scale: float = 1.0
+    """c of the ODE: 0.5 keeps the marginals, 1 is greedier"""
+    best_of_k: int = 10
+    """K of best-of-k"""
+    eval_interval: int | None = None
+    """iterations between evaluations; the last one is always followed by one (--preset paper: 15)"""
+    num_eval_envs: int | None = None
+    """episodes in an evaluation, over all processes (--preset paper: 128)"""
+    checkpoint_interval: int | None = None
+    """iterations between checkpoints; the last one is always followed by one (--preset paper: 15)"""
+    capture_video: bool = False
+    """write an mp4 of one episode at each evaluation"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "trudi"
+    """project of Weights & Biases"""
+    wandb_entity: str | None = None
+    """team of Weights & Biases"""
+    resume: str | None = None
+    """run folder to continue, with its own arguments"""
+    evaluate: str | None = None
+    """run folder to evaluate, without training"""
+
+    # Computed
+    batch_size: tyro.conf.Suppress[int] = 0
+    """environment steps in an iteration"""
+    num_iterations: tyro.conf.Suppress[int] = 0
+    """as in CleanRL, steps that do not fill an iteration are left out"""
+
+
+COMPUTED = ("batch_size", "num_iterations")  # from other arguments
+COMMAND_LINE_ONLY = ()  # what a run's folder does not decide
+MAY_CHANGE = (
+    "device compile total_timesteps eval_mode ode_score_scale best_of_k eval_interval num_eval_envs "
+    "checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate batch_size "
+    "num_iterations"
+).split()
+
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    line = " ".join(message.split())
+    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flag(name: str) -> str:
+    """A field of Args as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_task(env_id: str) -> None:
+    """Exit with code 2 on an id that no task or module has."""
+    module, colon, _ = env_id.rpartition(":")
+    package = module.split(".")[0]
+    if colon and not (package and util.find_spec(package)):
+        fail(f"unknown --env-id {env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
+    if not colon and env_id not in TASKS:
+        near = difflib.get_close_matches(env_id, TASKS, 3, 0.4) or TASKS[:3]
+        fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
+
+
+if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
+    check_task(tyro.cli(Args).env_id)
+
+import numpy as np
+import tensorboardX
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on task, preset and device; exit with code 2 on what cannot run."""
+    check_task(args.env_id)
+    check_device(args.device)
+    values = PRESET[args.preset] | TASK_SETTINGS.get(args.env_id, {})
+    values |= {name: value for name, value in vars(args).items() if value is not None}
+    values["batch_size"] = values["num_envs"] * values["num_steps"]
+    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
+    return dataclasses.replace(args, **values)
+
+
+# ----------------------------------------------------------------------------------- validation of arguments
+POSITIVE = (
+    "num_envs num_steps num_epochs minibatch_size actor_learning_rate critic_learning_rate "
+    "dual_learning_rate max_grad_norm hidden_dim num_diffusion_steps prior_std num_atoms total_timesteps "
+    "best_of_k eval_interval num_eval_envs checkpoint_interval"
+).split()
+SPLIT = "num_envs minibatch_size num_eval_envs".split()  # over the processes
+
+
+def check_device(device: str) -> None:
+    """Exit with code 2 where a GPU is asked for and there is none."""
+    if device == "gpu" and not torch.cuda.is_available():
+        fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
+
+
+def check_args(args: Args) -> None:
+    """Exit with code 2 on flags with which no run can be made."""
+    check_numbers(args)
+    check_sizes(args)
+
+
+def check_numbers(args: Args) -> None:
+    """Exit with code 2 on a number out of its range."""
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            fail(f"{flag(name)} must be positive, not {value}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag(name)} must be finite, not {value}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
+    if not args.ode_score_scale >= 0:
+        fail(f"--ode-score-scale must not be negative, as {args.ode_score_scale} is")
+    if not 0 <= args.gamma < 1:
+        fail(f"--gamma must lie in [0, 1), not be {args.gamma}")
+    if not 0 <= args.td_lambda <= 1:
+        fail(f"--td-lambda must lie in [0, 1], not be {args.td_lambda}")
+    if not args.v_min < args.v_max:
+        fail(f"the critic's atoms need --v-min < --v-max, not {args.v_min} and {args.v_max}")
+    if args.num_atoms < 2:
+        fail(f"the critic needs --num-atoms > 1, not {args.num_atoms}")
+
+
+def check_sizes(args: Args) -> None:
+    """Exit with code 2 on sizes that do not fill an iteration or do not divide over the processes."""
+    if args.num_iterations == 0:
+        fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
+    if args.batch_size % args.minibatch_size:
+        sizes = f"--num-envs x --num-steps = {args.batch_size}"
+        fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
+    for name in SPLIT:
+        value = getattr(args, name)
+        if value % WORLD:
+            fail(f"{flag(name)} {value} does not divide over {WORLD} processes")
+
+
+# ---------------------------------------------------------------------------------------------- environments
+Metrics = dict[str, Tensor]  # by the names under which they are logged
+
+
+class Setup(NamedTuple):
+    """What stays constant while training."""
+
+    args: Args
+    device: torch.device
+    env: Any  # E environments
+    eval_env: Any  # those for evaluation
+    observation_size: int  # O
+    actor_sees: int  # so many columns of an observation, the first ones
+    critic_sees: int  # so many, the last ones
+    action_size: int
+
+
+class Outcome(NamedTuple):
+    """What comes of a step of E environments."""
+
+    reward: Tensor  # (E,)
+    terminated: Tensor  # (E,)
+    truncated: Tensor  # (E,), and not terminated
+    next_observation: Tensor  # (E, O), the true one, also where an episode ended
+
+
+class Episode(NamedTuple):
+    """The episodes that E environments are in."""
+
+    ended: Tensor  # (E,), whether it did at this step; in rollouts only those that were seen from their start
+    total: Tensor  # (E,), rewards so far
+    length: Tensor  # (E,), steps so far
+    success_once: Tensor  # (E,), whether there was a success so far
+    success_at_end: Tensor  # (E,), whether there is one now
+
+
+class ManiSkill:
+    """E environments, which `scenes` share: one on a GPU, E on a CPU, whose PhysX has one in a scene."""
+
+    def __init__(self, args: Args, scenes: list[Any], time_limit: int, evaluation: bool):
+        self.args = args
+        self.scenes = scenes
+        self.sizes = [scene.num_envs for scene in scenes]
+        self.time_limit = time_limit
+        self.evaluation = evaluation
+
+    def start(self, iteration: int) -> None:
+        """Start all episodes, from seeds that differ between environments, processes and iterations."""
+        numbers = [self.args.seed, iteration, int(self.evaluation), RANK]
+        self.reset(np.random.SeedSequence(numbers).generate_state(sum(self.sizes)).tolist())
+        if not self.evaluation:
+            self.spread_clocks(iteration)
+
+    def reset(self, seeds: list[int]) -> None:
+        """Start all episodes, each from a seed."""
+        observations = []
+        first = 0
+        for scene in self.scenes:
+            observation, _ = scene.reset(seed=seeds[first : first + scene.num_envs])
+            observations.append(observation)
+            first += scene.num_envs
+        self.observation = torch.cat(observations)  # (E, O), to act on next
+        self.begun = torch.ones_like(self.observation[:, 0], dtype=torch.bool)  # (E,), seen from its start
+        self.episodes: list[Episode] = []  # of the steps since the last reset or episode_metrics
+
+    def spread_clocks(self, iteration: int) -> None:
+        """Set clocks anywhere in an episode, so that time-outs do not coincide."""
+        rng = np.random.default_rng([self.args.seed, RANK, iteration])
+        for scene in self.scenes:
+            clocks = rng.integers(self.time_limit, size=scene.num_envs)
+            scene.base_env.elapsed_steps.copy_(torch.tensor(clocks))
+        self.begun.fill_(False)
+
+    def step(self, action: Tensor) -> Outcome:
+        """Step, end and restart episodes; actions (E, A)."""
+        parts = action.split(self.sizes)
+        observations = []
+        outcomes = []
+        episodes = []
+        for scene, part in zip(self.scenes, parts, strict=True):
+            observation, outcome, episode = step_scene(scene, part)
+            observations.append(observation)
+            outcomes.append(outcome)
+            episodes.append(episode)
+        self.observation = torch.cat(observations)
+        episode = merge(episodes, torch.cat)
+        self.episodes.append(episode._replace(ended=episode.ended & self.begun))
+        self.begun = self.begun | episode.ended
+        return merge(outcomes, torch.cat)
+
+    def episode_metrics(self) -> Metrics:
+        """Of the episodes of all processes that ended since the last call; without any there are no means."""
+        episodes = merge(self.episodes, torch.stack)  # (T, E)
+        self.episodes = []
+        ended = everywhere(episodes.ended)
+        count = ended.sum()
+        metrics = {"charts/episodes": count}
+        if count:
+            metrics["charts/episodic_return"] = (everywhere(episodes.total) * ended).sum() / count
+            metrics["charts/episodic_length"] = (everywhere(episodes.length) * ended).sum() / count
+            metrics["charts/success_once"] = (everywhere(episodes.success_once) * ended).sum() / count
+        return metrics
+
+    def play(self, policy: Callable, iteration: int, folder: pathlib.Path) -> Metrics:
+        """Metrics of an episode of full length, successful or not, in each environment; films the first."""
+        film = self.args.capture_video and RANK == 0
+        frames = []
+        self.start(iteration)
+        for _ in range(self.time_limit):
+            action = policy(self.observation)
+            if film:
+                frames.append(self.scenes[0].render()[0].cpu().numpy())
+            self.step(action)
+        if film:
+            write = import_module("mani_skill.utils.visualization").images_to_video
+            fps = self.scenes[0].base_env.control_freq
+            name = f"step_{iteration * self.args.batch_size}"
+            write(frames, str(folder / "videos"), name, fps=fps, verbose=False)
+        last = self.episodes[-1]
+        total = everywhere(last.total).float()
+        return {
+            "eval/episodic_return": total.mean(),
+            "eval/episodic_return_std": total.std(correction=0),
+            "eval/episodic_length": everywhere(last.length).float().mean(),
+            "eval/success_once": everywhere(last.success_once).float().mean(),
+            "eval/success_at_end": everywhere(last.success_at_end).float().mean(),
+        }
+
+
+def step_scene(scene: Any, action: Tensor) -> tuple[Tensor, Outcome, Episode]:
+    """Step a scene's environments; what they observe next, where an episode ended in a new one, comes first.
+
+    A success ends an episode but is no termination: the rewards that it cuts off would be missed, so it
+    bootstraps like a time-out. A failure is one.
+    """
+    observation, reward, decided, late, info = scene.step(action)  # decided: a success or a failure
+    found = info.get("final_info", info)
+    failed = decided & found.get("fail", torch.zeros_like(decided))
+    success = decided & ~failed
+    outcome = Outcome(
+        reward=reward.float(),
+        terminated=failed,
+        truncated=(success | late) & ~failed,
+        next_observation=info.get("final_observation", observation),
+    )
+    facts = {"success_once": success, "success_at_end": success}  # some tasks do not report them
+    facts |= found["episode"]
+    size = len(action)  # some facts are one for all
+    episode = Episode(
+        ended=decided | late,
+        total=facts["return"].expand(size),
+        length=facts["episode_len"].expand(size),
+        success_once=facts["success_once"].expand(size),
+        success_at_end=facts["success_at_end"].expand(size),
+    )
+    return observation, outcome, episode
+
+
+def merge(parts: list[Any], function: Callable) -> Any:
+    """NamedTuples of one kind as one: `function`, such as torch.cat, of each field's tensors."""
+    fields = {}
+    for name in parts[0]._fields:
+        fields[name] = function([getattr(part, name) for part in parts])
+    return type(parts[0])(**fields)
+
+
+def make_scenes(args: Args, device: torch.device, num_envs: int, evaluation: bool) -> list[Any]:
+    """Make environments; those for evaluation go on after a success. Exits with code 2 if it cannot."""
+    gym = import_module("gymnasium")
+    import_module("mani_skill").logger.setLevel("ERROR")
+    video = evaluation and args.capture_video and RANK == 0
+    options = dict(
+        obs_mode="state",
+        control_mode="pd_joint_delta_pos",
+        reward_mode=args.reward_mode,
+        sim_backend=str(device),
+    )
+    drawn = dict(render_mode="rgb_array", render_backend=str(device))
+    undrawn = dict(render_mode=None, render_backend="none")
+    try:
+        import_module("mani_skill.envs")
+        leave_table_unpainted()
+        envs = []
+        for size in scene_sizes(device, num_envs, video):
+            rendering = drawn if video and not envs else undrawn
+            envs.append(gym.make(args.env_id, num_envs=size, **options, **rendering))
+        envs[0].reset()
+        envs[0].step(envs[0].action_space.sample())  # where some find that they lack a reward
+    except Exception as error:  # whatever a task, which may be the user's own, or a simulator raises
+        refuse_task(args, error)
+    if isinstance(envs[0].unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
+        flatten_actions = import_module("mani_skill.utils.wrappers").FlattenActionSpaceWrapper
+        envs = [flatten_actions(env) for env in envs]
+    vector = import_module("mani_skill.vector.wrappers.gymnasium").ManiSkillVectorEnv
+    return [vector(env, ignore_terminations=evaluation, record_metrics=True) for env in envs]
+
+
+def scene_sizes(device: torch.device, num_envs: int, video: bool) -> list[int]:
+    """How many environments each scene has; with a video the first, which is drawn, has one."""
+    if device.type == "cpu":
+        return [1] * num_envs
+    if video and num_envs > 1:
+        return [1, num_envs - 1]
+    return [num_envs]
+
+
+def leave_table_unpainted() -> None:
+    """Keep PushT from painting its table, for which it would need a renderer."""
+    push_t = import_module("mani_skill.envs.tasks.tabletop.push_t")
+    push_t.WhiteTableSceneBuilder.build = push_t.TableSceneBuilder.build
+
+
+def refuse_task(args: Args, error: Exception) -> None:
+    """Exit with code 2 on a task that cannot be made, and say why."""
+    reason = f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]})"
+    if isinstance(error, (import_module("gymnasium").error.Error, ImportError)):
+        fail(f"{reason}; the module in module:id must register the id")
+    if isinstance(error, NotImplementedError):
+        fail(f"{reason}; it may lack this --reward-mode, {args.reward_mode}, and have another")
+    if any(word in str(error).lower() for word in ("vulkan", "vk::", "rendering device")):
+        fail(
+            f"{reason}; ManiSkill needs Vulkan even if nothing is drawn: install NVIDIA's driver with its "
+            "Vulkan part, or libvulkan1 and mesa-vulkan-drivers 25 or newer; vulkaninfo tells if it is found"
+        )
+    fail(reason)
+
+
+def make_setup(args: Args, device: torch.device) -> Setup:
+    """This process's environments; there are none for training where a run is only evaluated."""
+    scenes = [] if args.evaluate else make_scenes(args, device, args.num_envs // WORLD, evaluation=False)
+    eval_scenes = make_scenes(args, device, args.num_eval_envs // WORLD, evaluation=True)
+    find_time_limit = import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value
+    time_limit = find_time_limit(eval_scenes[0])
+    if not time_limit:
+        fail(f"--env-id {args.env_id} has no time limit; register it with max_episode_steps")
+    observation_size = eval_scenes[0].single_observation_space.shape[0]
+    return Setup(
+        args=args,
+        device=device,
+        env=ManiSkill(args, scenes, time_limit, evaluation=False),
+        eval_env=ManiSkill(args, eval_scenes, time_limit, evaluation=True),
+        observation_size=observation_size,
+        actor_sees=observation_size,
+        critic_sees=observation_size,
+        action_size=eval_scenes[0].single_action_space.shape[0],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- observations
+class Statistics(NamedTuple):
+    """Running mean and variance of every entry of an observation."""
+
+    count: int
+    mean: Tensor  # (O,)
+    variance: Tensor  # (O,)
+
+
+def init_statistics(setup: Setup) -> Statistics:
+    """Of no observation yet."""
+    zeros = torch.zeros(setup.observation_size, device=setup.device)
+    return Statistics(0, zeros, zeros.clone())
+
+
+def update_statistics(statistics: Statistics, observation: Tensor) -> Statistics:
+    """Merge observations (T, E, O) of all processes: Welford's update for batches (Chan et al., 1979)."""
+    x = everywhere(observation.flatten(0, 1))
+    count = statistics.count + len(x)
+    weight = len(x) / count
+    delta = x.mean(0) - statistics.mean
+    variance = (1 - weight) * (statistics.variance + weight * delta**2) + weight * x.var(0, correction=0)
+    return Statistics(count, statistics.mean + weight * delta, variance)
+
+
+def normalize(statistics: Statistics, observation: Tensor) -> Tensor:
+    """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
+    centered = observation - statistics.mean
+    return (centered / torch.sqrt(statistics.variance + 1e-2)).clamp(-10, 10)
+
+
+# -------------------------------------------------------------------------------------------------- networks
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as flax makes it: normal weights of variance 1 / inputs, cut at two deviations."""
+    layer = nn.Linear(inputs, outputs)
+    std = inputs**-0.5 / 0.87962566  # of the normal that has variance 1 / inputs once it is cut
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Actor(nn.Module):
+    """The network f_theta(a^n, s, n), twice the correction to the prior's score, and the step sizes h^n.
+
+    What a replacement must keep: `prior_std`, `step_sizes`, `embed` and `forward`; `raw_friction`, whose size
+    is that of an action; and that f depends on no latent action but a^n, since `trajectory_kl` asks for all
+    steps of a chain at once.
+    """
+
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        self.prior_std = args.prior_std
+        self.parts = [observation_size, action_size, TIME_FEATURES]  # of the first layer's input
+        self.register_buffer("n", torch.arange(1, args.num_diffusion_steps + 1)[:, None], persistent=False)
+        width = args.hidden_dim
+        gelu = nn.GELU("tanh")  # JAX's form of it
+        layers = [linear(TIME_FEATURES, TIME_FEATURES), gelu, linear(TIME_FEATURES, TIME_FEATURES)]
+        self.time_mlp = nn.Sequential(*layers)
+        self.input = linear(sum(self.parts), width)
+        self.blocks = nn.ModuleList()
+        for _ in range(3):
+            self.blocks.append(nn.Sequential(nn.LayerNorm(width, 1e-6), linear(width, width), gelu))
+        self.output = linear(width, action_size)
+        nn.init.zeros_(self.output.weight)
+        raw_friction = torch.full((action_size,), math.log(math.e - 1))  # softplus makes it 1
+        self.raw_friction = nn.Parameter(raw_friction, requires_grad=args.learn_friction)
+
+    def step_sizes(self) -> Tensor:
+        """h^n for n = 1 ... N, (N, A): a cosine schedule divided by the friction b of each action."""
+        n = self.n / len(self.n)
+        cosine = torch.cos(math.pi / 2 * (1 + SCHEDULE_SHIFT - n) / (1 + SCHEDULE_SHIFT)) ** 2
+        kappa = (1 - KAPPA_MIN) * cosine + KAPPA_MIN
+        return STEP_SIZE * kappa / F.softplus(self.raw_friction)
+
+    def split_first_layer(self) -> tuple[Tensor, ...]:
+        """The weight that acts on concat(s, a^n, time), as a weight for each of the three."""
+        return self.input.weight.split(self.parts, 1)
+
+    def embed(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """What stays the same along a chain: the first layer on observations, (B, H), and on n, (N, H)."""
+        half = TIME_FEATURES // 2
+        angle = self.n * 10000.0 ** (-torch.arange(half, device=self.n.device) / half)
+        features = self.time_mlp(torch.cat([angle.sin(), angle.cos()], -1))
+        observation_weight, _, time_weight = self.split_first_layer()
+        own = observation[..., : self.parts[0]]  # the actor sees the first columns of an observation
+        return F.linear(own, observation_weight, self.input.bias), F.linear(features, time_weight)
+
+    def forward(self, observation_part: Tensor, time_part: Tensor, latent: Tensor) -> Tensor:
+        """f_theta at latents (..., A), with what `embed` returned, broadcast to (..., H)."""
+        _, latent_weight, _ = self.split_first_layer()
+        x = observation_part + time_part + F.linear(latent, latent_weight)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.output(x)
+
+
+class Critic(nn.Module):
+    """Categorical distributions of the return, whose mean is Q(s, u)."""
+
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        self.observation_size = observation_size
+        width = args.hidden_dim
+        self.blocks = nn.ModuleList()
+        for size in (observation_size + action_size, width, width):
+            self.blocks.append(nn.Sequential(linear(size, width), nn.LayerNorm(width, 1e-6), nn.SiLU()))
+        self.output = linear(width, args.num_atoms)
+        self.output.bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Logits (B, atoms)."""
+        own = observation[..., -self.observation_size :]  # the critic sees the last columns
+        x = torch.cat([own, action], -1)
+        for block in self.blocks:
+            x = block(x)
+        return self.output(x)
+
+
+# ------------------------------------------------------------------------------------------- diffusion chain
+class Trajectory(NamedTuple):
+    """What the trust region needs of a chain: the latents a policy went through, and where it aimed."""
+
+    latents: Tensor  # (B, N, A), a^1 ... a^N
+    means: Tensor  # (B, N, A), of a^0 ... a^(N-1)
+
+
+class Chain(NamedTuple):
+    """A sample of the policy at B states."""
+
+    action: Tensor  # (B, A), u = tanh(a^0)
+    entropy_bound: Tensor  # (B,), a sample of l(s)
+    trajectory: Trajectory
+
+
+def sample_chain(actor: Actor, observation: Tensor, noise: Tensor) -> Chain:
+    """Sample the policy, reparameterised: observations (B, O), normals (N + 1, B, A), noise[n] for a^n."""
+    observation_part, time_part = actor.embed(observation)
+    h = actor.step_sizes()[:, None]  # (N, 1, A)
+    std = torch.sqrt(2 * h)
+    prior_std = actor.prior_std
+
+    latents = [prior_std * noise[-1]]  # a^N ... a^0
+    means = []
+    steps = list(zip(h, std, time_part, noise[:-1], strict=True))
+    for h_n, std_n, time_n, noise_n in reversed(steps):
+        latent = latents[-1]
+        drift = actor(observation_part, time_n, latent) - latent / prior_std**2
+        mean = latent + h_n * drift  # Eq. 186, discretising Eq. 5
+        means.append(mean)
+        latents.append(mean + std_n * noise_n)  # Eq. 31
+    latents = torch.stack(latents[::-1])  # a^0 ... a^N
+    means = torch.stack(means[::-1])
+
+    # Twice the log-densities of a^(n-1) given a^n and of a^n given a^(n-1), less the normaliser of both.
+    log_generative = -(noise[:-1] ** 2)
+    residual = latents[1:] - latents[:-1] * (1 - h / prior_std**2)
+    log_noising = -(residual**2) / (2 * h)  # Eq. 6, discretising Eq. 4
+    log_ratio = 0.5 * (log_noising - log_generative).sum(0)
+    log_prior = -0.5 * noise[-1] ** 2 - math.log(prior_std * math.sqrt(2 * math.pi))
+    # Of 1 - tanh^2, in a form that is finite where tanh rounds to 1.
+    last = latents[0]
+    tanh_log_det = 2 * (math.log(2.0) - last - F.softplus(-2 * last))
+    entropy_bound = log_ratio - log_prior + tanh_log_det  # Eq. 117, Eq. 180 (E1: its sign)
+    trajectory = Trajectory(latents[1:].transpose(0, 1), means.transpose(0, 1))
+    return Chain(torch.tanh(last), entropy_bound.sum(-1), trajectory)
+
+
+def ode_action(actor: Actor, observation: Tensor, noise: Tensor, score_scale: float) -> Tensor:
+    """Actions (B, A) of the probability-flow ODE with scaled score, from standard normals (B, A)."""
+    observation_part, time_part = actor.embed(observation)
+    variance = actor.prior_std**2
+    latent = actor.prior_std * noise
+    steps = list(zip(actor.step_sizes(), time_part, strict=True))
+    for h_n, time_n in reversed(steps):
+        score = -latent / variance + actor(observation_part, time_n, latent) / 2
+        latent = latent + h_n * (latent / variance + 2 * score_scale * score)  # Eq. 185, Eq. 187
+    return torch.tanh(latent)
+
+
+def trajectory_kl(actor: Actor, old_actor: Actor, observation: Tensor, trajectory: Trajectory) -> Tensor:
+    """c(s), (B,): KL of the old actor's trajectories from the actor's, in closed form at each step.
+
+    `trajectory` holds chains of the old actor at these observations. Any other trust region can take this
+    function's place; it may use both actors.
+    """
+    latents, means = trajectory
+    observation_part, time_part = actor.embed(observation)
+    h = actor.step_sizes()
+    old_h = old_actor.step_sizes()
+    drift = actor(observation_part[:, None], time_part, latents) - latents / actor.prior_std**2
+    new_means = latents + h * drift
+    # Of Gaussians with variances 2 old_h and 2 h. The prior's KL is 0, and tanh changes nothing.
+    kl = 0.5 * (old_h / h - 1 - torch.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
+    return kl.sum((-2, -1))  # Eq. 178, which by Eq. 135 and Eq. 152 bounds Eq. 57
+
+
+# ---------------------------------------------------------------------------------------- critic and targets
+def hl_gauss(args: Args, returns: Tensor) -> Tensor:
+    """Targets (..., atoms) of returns (...), clipped to the atoms' range: a Gaussian's mass per atom."""
+    width = (args.v_max - args.v_min) / (args.num_atoms - 1)
+    lowest = args.v_min - width / 2
+    highest = args.v_max + width / 2
+    edges = torch.linspace(lowest, highest, args.num_atoms + 1, device=returns.device)
+    clipped = returns.clamp(args.v_min, args.v_max)[..., None]
+    cdf = torch.special.ndtr((edges - clipped) / (HL_GAUSS_SIGMA * width))
+    return torch.diff(cdf) / (cdf[..., -1:] - cdf[..., :1])
+
+
+def q_value(args: Args, logits: Tensor) -> Tensor:
+    """Q (...) of the critic's logits (..., atoms)."""
+    atoms = torch.linspace(args.v_min, args.v_max, args.num_atoms, device=logits.device)
+    return torch.softmax(logits, -1) @ atoms
+
+
+def lambda_returns(
+    args: Args, reward: Tensor, terminated: Tensor, truncated: Tensor, value: Tensor, bonus: Tensor
+) -> Tensor:
+    """Soft lambda-returns, everything (T, E); `value` is Q and `bonus` alpha l at next_observation."""
+    targets = torch.empty_like(reward)
+    later = value[-1]  # it bootstraps where the rollout ends
+    for t in reversed(range(len(reward))):
+        mixture = (1 - args.td_lambda) * value[t] + args.td_lambda * later
+        mixture = torch.where(truncated[t], value[t], mixture)
+        # Chosen, not multiplied by 0: what follows a termination may be NaN.
+        future = torch.where(terminated[t], 0.0, bonus[t] + mixture)
+        later = reward[t] + args.gamma * future  # Eq. 118, Eq. 179 (E2, E12)
+        targets[t] = later
+    return targets
+
+
+# ---------------------------------------------------------------------------------------- losses and updates
+UPDATE_METRICS = "losses/critic losses/actor entropy/bound".split()
+
+
+class Learner(NamedTuple):
+    """All that learns, which updates change in place, and the actor of the rollout that it learns from."""
+
+    actor: Actor
+    critic: Critic
+    log_duals: nn.ParameterList  # log alpha
+    actor_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    dual_optimizer: torch.optim.Optimizer
+    old_actor: Actor  # a copy of `actor` that every iteration makes anew; checkpoints are without it
+
+
+class Batch(NamedTuple):
+    """B states of a rollout."""
+
+    observation: Tensor  # (B, O), normalised
+    action: Tensor  # (B, A), clipped
+    target: Tensor  # (B,), lambda-returns
+
+
+def init_learner(setup: Setup) -> Learner:
+    """Networks, duals and Adam from the seed, the same in every process."""
+    args = setup.args
+    torch.manual_seed(args.seed)
+    actor = Actor(args, setup.actor_sees, setup.action_size).to(setup.device)
+    critic = Critic(args, setup.critic_sees, setup.action_size).to(setup.device)
+    log_dual = torch.full((), math.log(INITIAL_DUAL), device=setup.device)
+    log_duals = nn.ParameterList([log_dual])
+    learned = [parameter for parameter in actor.parameters() if parameter.requires_grad]
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)  # capturable by CUDA graphs
+    return Learner(
+        actor=actor,
+        critic=critic,
+        log_duals=log_duals,
+        actor_optimizer=adam(learned, args.actor_learning_rate),
+        critic_optimizer=adam(critic.parameters(), args.critic_learning_rate),
+        dual_optimizer=adam(log_duals.parameters(), args.dual_learning_rate),
+        old_actor=copy.deepcopy(actor).requires_grad_(False),
+    )
+
+
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
+    """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
+    logits = critic(batch.observation, batch.action)
+    return F.cross_entropy(logits, hl_gauss(args, batch.target))
+
+
+def actor_loss(learner: Learner, args: Args, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and l of every state (B,); noise is (N + 1, B, A)."""
+    alpha = learner.log_duals[0].detach().exp()
+    chain = sample_chain(learner.actor, batch.observation, noise)
+    q = q_value(args, learner.critic(batch.observation, chain.action))
+    loss = -alpha * chain.entropy_bound - q  # Eq. 182, which descends Eq. 161, a bound by Eq. 92
+    return loss.mean(), chain.entropy_bound.detach()
+
+
+def dual_loss(log_duals: nn.ParameterList, args: Args, entropy_bound: Tensor, action_size: int) -> Tensor:
+    """Alpha falls while the policy is noisier than its target."""
+    target_entropy = -args.target_entropy_scale * action_size
+    surplus = entropy_bound.mean() - target_entropy
+    return log_duals[0].exp() * surplus  # Eq. 183 (E4)
+
+
+def add_up(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of all processes' gradients, which travel together: calls cost more than numbers."""
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
+    """One step down a loss's gradient, averaged over the processes and clipped by its global norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss / WORLD, parameters)
+    if WORLD > 1:
+        gradients = add_up(gradients)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.contiguous()
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+
+def update_minibatch(args: Args, learner: Learner, batch: Batch, noise: Tensor) -> Tensor:
+    """One gradient step each of critic, actor and alpha; returns the numbers of UPDATE_METRICS."""
+    value = critic_loss(learner.critic, args, batch)
+    descend(learner.critic_optimizer, value, args.max_grad_norm)
+
+    # The actor climbs the critic that has just been updated.
+    loss, entropy_bound = actor_loss(learner, args, batch, noise)
+    descend(learner.actor_optimizer, loss, args.max_grad_norm)
+
+    action_size = batch.action.shape[-1]
+    descend(learner.dual_optimizer, dual_loss(learner.log_duals, args, entropy_bound, action_size))
+
+    return torch.stack([value.detach(), loss.detach(), entropy_bound.mean()])
+
+
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The states of a batch that have these numbers."""
+    return Batch(*[x[rows] for x in batch])
+
+
+class Programs(NamedTuple):
+    """The two functions that take the time, bound to a learner and, with --compile, compiled."""
+
+    sample_policy: Callable  # of normalised observations (B, O)
+    update_minibatch: Callable  # of a Batch and noise (N + 1, B, A)
+
+
+@torch.enable_grad()
+def update_epochs(setup: Setup, programs: Programs, data: Batch) -> Metrics:
+    """All epochs of shuffled minibatches of a rollout (E * T, ...); metrics are means over the last epoch."""
+    args = setup.args
+    size = len(data.action)
+    order = torch.cat([torch.randperm(size, device=setup.device) for _ in range(args.num_epochs)])
+    minibatches = order.split(args.minibatch_size // WORLD)
+    found = []
+    for rows in minibatches:
+        shape = (args.num_diffusion_steps + 1, len(rows), setup.action_size)
+        noise = torch.randn(shape, device=setup.device)
+        found.append(programs.update_minibatch(take_rows(data, rows), noise))
+    minibatches_per_epoch = len(minibatches) // args.num_epochs
+    means = torch.stack(found[-minibatches_per_epoch:]).mean(0)
+    return dict(zip(UPDATE_METRICS, means, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- iteration
+class Transition(NamedTuple):
+    """A rollout."""
+
+    observation: Tensor  # (T, E, O), raw
+    action: Tensor  # (T, E, A), clipped
+    reward: Tensor  # (T, E)
+    terminated: Tensor  # (T, E)
+    truncated: Tensor  # (T, E)
+    next_observation: Tensor  # (T, E, O), raw; the true one, also where an episode ended
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds; simulators cannot be saved."""
+
+    learner: Learner
+    statistics: Statistics
+    iteration: int
+
+
+def empty_rollout(setup: Setup) -> Transition:
+    """Storage of a rollout."""
+    size = (setup.args.num_steps, *setup.env.observation.shape)
+    steps = size[:2]
+    empty = functools.partial(torch.empty, device=setup.device)
+    return Transition(
+        observation=empty(size),
+        action=empty(*steps, setup.action_size),
+        reward=empty(steps),
+        terminated=empty(steps, dtype=torch.bool),
+        truncated=empty(steps, dtype=torch.bool),
+        next_observation=empty(size),
+    )
+
+
+def sample_policy(args: Args, actor: Actor, observation: Tensor) -> Chain:
+    """Chains of the actor at normalised observations (B, O)."""
+    shape = (args.num_diffusion_steps + 1, len(observation), actor.raw_friction.numel())
+    return sample_chain(actor, observation, torch.randn(shape, device=observation.device))
+
+
+def rollout(setup: Setup, programs: Programs, statistics: Statistics) -> Transition:
+    """Act for T steps with samples of the policy."""
+    data = empty_rollout(setup)
+    for t in range(setup.args.num_steps):
+        observation = setup.env.observation
+        chain = programs.sample_policy(normalize(statistics, observation))
+        action = chain.action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+        data.observation[t] = observation
+        data.action[t] = action
+
+        outcome = setup.env.step(action)
+        data.reward[t] = outcome.reward
+        data.terminated[t] = outcome.terminated
+        data.truncated[t] = outcome.truncated
+        data.next_observation[t] = outcome.next_observation
+    return data
+
+
+def critic_targets(
+    setup: Setup, programs: Programs, learner: Learner, data: Transition, next_observation: Tensor
+) -> Tensor:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation, which is normalised."""
+    alpha = learner.log_duals[0].exp()
+    value = torch.empty_like(data.reward)
+    bonus = torch.empty_like(data.reward)
+    for t, observation in enumerate(next_observation):
+        chain = programs.sample_policy(observation)
+        value[t] = q_value(setup.args, learner.critic(observation, chain.action))
+        bonus[t] = alpha * chain.entropy_bound
+    return lambda_returns(setup.args, data.reward, data.terminated, data.truncated, value, bonus)
+
+
+def flatten_rollout(x: Tensor) -> Tensor:
+    """(T, E, ...) as (E * T, ...)."""
+    return x.swapaxes(0, 1).flatten(0, 1)
+
+
+def update(
+    setup: Setup,
+    programs: Programs,
+    learner: Learner,
+    data: Transition,
+    observation: Tensor,
+    next_observation: Tensor,
+) -> Metrics:
+    """Learn from a rollout, whose observations and true next ones (T, E, O) are given normalised."""
+    args = setup.args
+    actor = learner.actor
+    old_actor = learner.old_actor
+    target = critic_targets(setup, programs, learner, data, next_observation)
+    batch = Batch(
+        observation=flatten_rollout(observation),
+        action=flatten_rollout(data.action),
+        target=flatten_rollout(target),
+    )
+
+    # KL of the whole iteration, on as many states as a minibatch has, on chains of the old policy.
+    order = torch.randperm(len(batch.action), device=setup.device)
+    some = take_rows(batch, order[: args.minibatch_size // WORLD])
+    fresh = sample_policy(args, old_actor, some.observation)
+    metrics = update_epochs(setup, programs, batch)
+    fresh_kl = trajectory_kl(actor, old_actor, some.observation, fresh.trajectory)
+    return metrics | {
+        "trust_region/fresh_kl": fresh_kl.mean(),
+        "entropy/alpha": learner.log_duals[0].exp(),
+        "entropy/friction": F.softplus(actor.raw_friction).mean(),
+        "critic/target": target.mean(),
+        "critic/targets_clipped": ((target < args.v_min) | (target > args.v_max)).float().mean(),
+    }
+
+
+def seed_noise(args: Args, *numbers: int) -> None:
+    """Seed PyTorch's noise from the run's seed, this process and more, such as the iteration.
+
+    So evaluations do not disturb it, and a run that is continued needs no other state.
+    """
+    sequence = np.random.SeedSequence([args.seed, RANK, *numbers])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+@torch.no_grad()
+def iterate(setup: Setup, programs: Programs, state: TrainState) -> tuple[TrainState, Metrics]:
+    """One iteration: rollout, targets, epochs of updates, observation statistics."""
+    seed_noise(setup.args, state.iteration)
+    learner = state.learner
+    learner.old_actor.load_state_dict(learner.actor.state_dict())
+    data = rollout(setup, programs, state.statistics)
+
+    # The untrained actor ignores what it observes, its output layer being 0, so the first rollout may seed
+    # the statistics that it is learned from with. Later ones take effect in the next rollout: stored means
+    # belong to the present ones (E13).
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = merged if state.iteration == 0 else state.statistics
+
+    observation = normalize(statistics, data.observation)
+    next_observation = normalize(statistics, data.next_observation)
+    metrics = update(setup, programs, learner, data, observation, next_observation)
+    metrics |= setup.env.episode_metrics()
+    return TrainState(learner, merged, state.iteration + 1), metrics
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+def evaluation_action(setup: Setup, learner: Learner, observation: Tensor) -> Tensor:
+    """Actions (B, A) as --eval-mode says, at normalised observations (B, O)."""
+    args = setup.args
+    actor = learner.actor
+    if args.eval_mode == "ode":
+        noise = torch.randn(len(observation), setup.action_size, device=setup.device)
+        return ode_action(actor, observation, noise, args.ode_score_scale)
+    count = args.best_of_k if args.eval_mode == "best-of-k" else 1
+    actions = torch.stack([sample_policy(args, actor, observation).action for _ in range(count)])
+    q = torch.stack([q_value(args, learner.critic(observation, action)) for action in actions])
+    best = q.argmax(0)
+    return actions[best, torch.arange(len(observation), device=setup.device)]
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, state: TrainState, folder: pathlib.Path) -> Metrics:
+    """Metrics of an episode of each environment for it; --capture-video films one into the run's folder."""
+    seed_noise(setup.args, state.iteration, 1)
+
+    def policy(observation: Tensor) -> Tensor:
+        action = evaluation_action(setup, state.learner, normalize(state.statistics, observation))
+        return action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+    return setup.eval_env.play(policy, state.iteration, folder)
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+SAVED = "actor critic log_duals actor_optimizer critic_optimizer dual_optimizer".split()  # of a Learner
+
+
+def checkpoints(run: str | pathlib.Path) -> list[pathlib.Path]:
+    """A run's checkpoints, the newest last."""
+    return sorted(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
+
+
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    names = [path.stem for path in (run / "checkpoints").glob("*.pt")]
+    steps = [int(name) for name in names if name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
+
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
+    """Write the training state and the seconds it took; keep the last three."""
+    content = {name: getattr(state.learner, name).state_dict() for name in SAVED}
+    content |= state.statistics._asdict()
+    content |= {"iteration": state.iteration, "wall_time": wall_time}
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "unfinished"
+    try:
+        torch.save(content, unfinished)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        end_unwritten(run, error)
+    unfinished.replace(folder / f"{step}.pt")  # so that a file of this name is complete
+    for path in checkpoints(run)[:-3]:
+        path.unlink()
+
+
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
+    try:
+        newest = checkpoints(run)[-1]
+        return torch.load(newest, map_location="cpu", weights_only=True)  # nothing in it is executed
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({reason})")
+
+
+def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
+    """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
+    try:
+        for name in SAVED:
+            getattr(state.learner, name).load_state_dict(saved[name])
+        mean = state.statistics.mean.copy_(saved["mean"])
+        variance = state.statistics.variance.copy_(saved["variance"])
+        return TrainState(state.learner, Statistics(saved["count"], mean, variance), saved["iteration"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        fail(f"the checkpoint is not of this run: {str(error)[:300]}")
+
+
+# ------------------------------------------------------------------------------------------------ run folder
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    folder = str(pathlib.Path(__file__).resolve().parent)
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "script": SCRIPT,
+        "command": sys.argv,
+        "git_commit": commit,  # empty outside a clone
+        "device": f"{WORLD} x {device}, {os.cpu_count()} cores",
+        "python": sys.version,
+        "versions": {package.name: package.version for package in metadata.distributions()},
+    }
+
+
+def open_run(folder: pathlib.Path, args: Args) -> None:
+    """Write the run's args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    path = folder / "args.json"
+    earlier = []  # what it said each time that the run was started before
+    if path.exists():
+        last = json.loads(path.read_text())
+        earlier = [*last.pop("earlier_starts", []), last]
+    about = {"args": vars(args), **provenance(), "earlier_starts": earlier}
+    unfinished = folder / "args.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        end_unwritten(folder, error)
+    unfinished.replace(path)
+    if args.track:
+        import_module("wandb").init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            config=vars(args),
+            name=folder.name,
+            dir=str(folder),
+            sync_tensorboard=True,
+        )
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a run's file, whole or not at all."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        os.truncate(path, size)
+        end_unwritten(path.parent, error)
+
+
+def open_log(folder: pathlib.Path, step: int) -> Callable:
+    """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    path.touch()
+    # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+    kept = b""
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            kept += line
+    os.truncate(path, len(kept))
+    writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+
+    def end_with_thread(failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            end_unwritten(folder, failure.exc_value)
+        threading.__excepthook__(failure)
+
+    threading.excepthook = end_with_thread  # else who waits for a writer that could not write waits for ever
+
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
+        append(path, json.dumps(row) + "\n")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
+def make_folder(args: Args) -> int:
+    """Make the folder of a new run, which no other run has; returns the second in its name."""
+    second = int(time.time())
+    while True:
+        try:
+            name_folder(args, second).mkdir(parents=True)
+            return second
+        except FileExistsError:
+            second += 1
+
+
+def run_folder(args: Args) -> pathlib.Path:
+    """The folder of a new run, which is made, or of the one that is continued; the same in all processes."""
+    if args.resume:
+        return pathlib.Path(args.resume)
+    second = make_folder(args) if RANK == 0 else 0
+    return name_folder(args, largest(second))
+
+
+def open_logs(args: Args, folder: pathlib.Path, done: int) -> Callable:
+    """Open the run and its log, to go on after so many iterations; the first process writes them."""
+    if RANK > 0:
+        return lambda *_: None
+    open_run(folder, args)
+    return open_log(folder, done * args.batch_size)
+
+
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by which they are checked as a user's are."""
+    words = []
+    for field in dataclasses.fields(Args):
+        value = values.pop(field.name, field.default)
+        if field.name in COMPUTED:
+            continue
+        if field.type is bool and isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            continue
+        repeated = isinstance(field.default, tuple) and isinstance(value, list)
+        for one in value if repeated else [value]:
+            words.append(f"{flag(field.name)}={one}")
+    if values:
+        raise ValueError(f"there is no argument {', '.join(values)}")
+    return words
+
+
+def read_args(run: str) -> Args:
+    """The arguments that a run was started with; exits with code 2 if it is not a run of this script."""
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        words = command_line(dict(saved["args"], resume=None, evaluate=None))
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(Args, args=words)
+    except SystemExit:
+        fail(f"{run}/args.json holds a value that its flag cannot have")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+
+
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
+    given = tyro.cli(Args)
+    run = given.resume or given.evaluate
+    if not run:
+        args = resolve(given)
+        check_args(args)
+        return args
+    own = read_args(run)
+    # What makes code run is the user's to say, not the folder's, which may be a stranger's.
+    if ":" in own.env_id and given.env_id != own.env_id:
+        fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
+    own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
+    args = resolve(tyro.cli(Args, default=own))
+    for name, value in vars(own).items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
+    check_args(args)
+    return args
+
+
+# ----------------------------------------------------------------------------------------- several processes
+def open_device(args: Args) -> torch.device:
+    """This process's device, set up."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # JAX's default on GPUs that have it
+    # Small networks and, without a GPU, a simulator that runs on one thread: more threads would only wait.
+    torch.set_num_threads(1)
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_processes(device: torch.device) -> None:
+    """Connect the processes that torchrun started; only the first of them prints."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave_processes() -> None:
+    """Wait for the other processes: torchrun ends all with the first, and one may still be saving."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def everywhere(x: Tensor) -> Tensor:
+    """A tensor of every process, one after the other along the first axis."""
+    if WORLD == 1:
+        return x
+    return torch.cat(import_module("torch.distributed.nn").all_gather(x.contiguous()))
+
+
+def gather(value: Any) -> list[Any]:
+    """A Python object of every process."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes have."""
+    return max(gather(number))
+
+
+def averages(metrics: Metrics) -> dict[str, float]:
+    """Means over the processes, of each metric over those that have it."""
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()  # one read from the device
+    found: dict[str, list[float]] = {}
+    for row in gather(dict(zip(metrics, values, strict=True))):
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+# -------------------------------------------------------------------------------------------------- training
+def compile_programs(setup: Setup, learner: Learner) -> Programs:
+    """What changes this learner and acts with it; with --compile compiled and on a GPU made CUDA graphs."""
+    args = setup.args
+    gpu = setup.device.type == "cuda"
+    sample = functools.partial(sample_policy, args, learner.actor)
+    learn = functools.partial(update_minibatch, args, learner)
+    if args.compile or (args.compile is None and gpu):
+        sample = torch.compile(sample)
+        learn = torch.compile(learn)
+        if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
+            graph = import_module("tensordict.nn").CudaGraphModule
+            sample = graph(sample, warmup=CALLS_BEFORE_GRAPH)
+            learn = graph(learn, warmup=CALLS_BEFORE_GRAPH)
+    return Programs(sample, learn)
+
+
+def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Programs]:
+    """The training state, new or a checkpoint's, and what is done with it."""
+    learner = init_learner(setup)
+    state = TrainState(learner, init_statistics(setup), 0)
+    if saved:
+        state = fill_state(state, saved)
+    return state, compile_programs(setup, learner)
+
+
+def changing_tensors(learner: Learner) -> list[Tensor]:
+    """What updates change: the parameters, then Adam's moments, of which a new Adam has none yet."""
+    found = [*learner.actor.parameters(), *learner.critic.parameters(), *learner.log_duals]
+    for optimizer in (learner.actor_optimizer, learner.critic_optimizer, learner.dual_optimizer):
+        for moments in optimizer.state.values():
+            found += moments.values()
+    return found
+
+
+@torch.no_grad()
+def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
+    """Compile the programs and capture their CUDA graphs on zeros; the learner is left as it was."""
+    args = setup.args
+    began = time.perf_counter()
+    kept = [x.clone() for x in changing_tensors(learner)]
+    size = args.minibatch_size // WORLD
+    zeros = functools.partial(torch.zeros, device=setup.device)
+    batch = Batch(
+        observation=zeros(size, setup.observation_size),
+        action=zeros(size, setup.action_size),
+        target=zeros(size),
+    )
+    for _ in range(CALLS_BEFORE_GRAPH + 2):
+        programs.sample_policy(torch.zeros_like(setup.env.observation))
+        noise = zeros(args.num_diffusion_steps + 1, size, setup.action_size)
+        with torch.enable_grad():  # as in update_epochs
+            programs.update_minibatch(batch, noise)
+    # In place, as graphs remember where tensors lie.
+    changed = changing_tensors(learner)
+    for x in changed:
+        x.zero_()
+    for x, value in zip(changed, kept, strict=False):  # a new Adam's moments are not kept: they are zeros
+        x.copy_(value)
+    print(f"warmed up in {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def not_finite(metrics: dict[str, float]) -> list[str]:
+    """Names of the metrics that are not finite, any of which ends a run."""
+    return [name for name, value in metrics.items() if not math.isfinite(value)]
+
+
+def catch_signals() -> list[int]:
+    """The signals received, filled later: the first ends the run after its iteration, a later one kills."""
+    received: list[int] = []
+    times: list[float] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it may be the same one, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
+    return received
+
+
+def print_progress(args: Args, metrics: dict[str, float], done: int, wall_time: float) -> None:
+    """One line on stdout for an iteration."""
+    eta = wall_time / 60 / done * (args.num_iterations - done)
+    line = f"step {done * args.batch_size:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min"
+    for name, value in metrics.items():
+        if name.startswith("eval/"):
+            line += f"  {name} {value:.2f}"
+    print(line, flush=True)
+
+
+def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, Any]) -> int:
+    """The training loop; returns the process's exit code."""
+    args = setup.args
+    warm_up(setup, programs, state.learner)
+    folder = run_folder(args)
+    log = open_logs(args, folder, state.iteration)
+    received = catch_signals()
+    stop = 0
+    bad: list[str] = []
+    started = time.perf_counter() - float(saved.get("wall_time", 0.0))
+    while state.iteration < args.num_iterations and not stop and not bad:
+        began = time.perf_counter()
+        state, metrics = iterate(setup, programs, state)
+        metrics = averages(metrics)
+        metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
+        done = state.iteration
+        step = done * args.batch_size
+        last = done == args.num_iterations
+        stop = largest(received[0] if received else 0)
+        bad = not_finite(metrics)
+        if not bad and not stop and (last or done % args.eval_interval == 0):
+            metrics |= averages(evaluate(setup, state, folder))
+            bad = not_finite(metrics)
+        wall_time = time.perf_counter() - started
+        log(step, wall_time, metrics)
+        print_progress(args, metrics, done, wall_time)
+
+        if bad and RANK == 0:
+            kept = folder / "diverged"
+            print(f"iteration {done}: {', '.join(bad)} not finite; the state is in {kept}", file=sys.stderr)
+            save_checkpoint(kept, state, step, wall_time)
+        if RANK == 0 and not bad and (last or stop or done % args.checkpoint_interval == 0):
+            save_checkpoint(folder, state, step, time.perf_counter() - started)
+    print(folder, flush=True)
+    if bad:
+        return 1
+    return 128 + stop if stop else 0
+
+
+def main() -> None:
+    """Parse, make the environments, then train, resume or evaluate."""
+    args = parse()
+    run = args.resume or args.evaluate
+    saved = read_checkpoint(run) if run else {}
+    device = open_device(args)
+    join_processes(device)
+    for name, value in vars(args).items():
+        print(f"{name}: {value}", flush=True)
+    setup = make_setup(args, device)
+    state, programs = prepare(setup, saved)
+    code = 0
+    if args.evaluate:
+        print(json.dumps(averages(evaluate(setup, state, pathlib.Path(args.evaluate)))))
+    else:
+        setup.env.start(state.iteration)
+        code = train(setup, programs, state, saved)
+    leave_processes()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1402 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "imageio[ffmpeg]>=2.34",
+#     "mjlab==1.6.0",
+#     "tensorboard>=2.18",
+#     "tensorboardx>=2.6.2",
+#     "tensordict>=0.10",
+#     "torch==2.13.0",
+#     "tyro>=1.0",
+#     "wandb>=0.19.10",
+# ]
+# ///
+"""PPO (Proximal Policy Optimization, arXiv 1707.06347) on Isaac Lab 2.3 and 3.0 and mjlab.
+
+    python benchmark/baselines/ppo_isaaclab.py --env-id Mjlab-Cartpole-Balance --preset cpu
+
+It is made from trudi_isaaclab.py, and what differs is this. The policy is a Gaussian, whose mean and standard
+deviation a network gives. The critic is a value V(s), with a squared error. Both networks are MLPs of three
+layers with ELU. Advantages are those of GAE (arXiv 1506.02438, Eq. 16), and the loss is the clipped one (Eq.
+7 of PPO's paper) with a bonus for entropy.
+
+TruDi's paper (arXiv 2606.15260) has its PPO from RSL-RL (arXiv 2509.10771, Appendix B.5). Of the paper are
+the networks, epsilon, the learning rate at the start, the gradients' clip (Table 4), environments, steps and
+gamma (Table 5). What it leaves open is RSL-RL's: the learning rate follows the KL, there are 5 epochs of 4
+minibatches, advantages are standardised over a rollout, lambda is 0.95, and actions are not clipped, where
+TruDi's are in [-1, 1]. The weight of the entropy and the desired KL are those with which Isaac Lab has RSL-RL
+train each task. But time-outs have the value of the true next state where the simulator tells it, values are
+not clipped, as Table 4 has "MSE", gradients are clipped for each network apart, and observations are
+standardised in every task, in Isaac Lab only for the hands.
+
+README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
+environments, B states of a batch, A action dimensions, O entries of an observation.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from importlib import import_module, metadata, util
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+SCRIPT = pathlib.Path(__file__).stem
+RANK = int(os.environ.get("RANK", "0"))  # torchrun's number of this process
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # and how many it has started
+
+# ----------------------------------------------------------------------------------------------- constants
+TASKS = (
+    "Isaac-Velocity-Flat-G1 Isaac-Velocity-Rough-G1 Isaac-Velocity-Flat-H1 Isaac-Velocity-Rough-H1 "
+    "Isaac-Reorient-Cube-Allegro-Direct Isaac-Reorient-Cube-Shadow-Direct"
+).split()
+PAPER = dict(  # Tables 4 and 5, and RSL-RL's epochs, minibatches, entropy and KL
+    total_timesteps=300_000_000,
+    num_envs=4096,
+    num_steps=64,
+    num_epochs=5,
+    minibatch_size=65536,
+    hidden_dim=256,
+    gamma=0.97,
+    desired_kl=0.01,
+    entropy_scale=0.01,
+    eval_interval=50,
+    checkpoint_interval=20,
+)
+CPU = PAPER | dict(  # for two cores, the networks as wide as TruDi's
+    total_timesteps=200_000,
+    num_envs=32,
+    minibatch_size=512,
+    hidden_dim=64,
+    eval_interval=10,
+)
+PRESET = {"paper": PAPER, "cpu": CPU}
+TASK_SETTINGS = {  # of RSL-RL's configurations in Isaac Lab
+    "Isaac-Velocity-Flat-G1": dict(entropy_scale=0.008),
+    "Isaac-Velocity-Rough-G1": dict(entropy_scale=0.008),
+    "Isaac-Reorient-Cube-Allegro-Direct": dict(entropy_scale=0.005, desired_kl=0.016),
+    "Isaac-Reorient-Cube-Shadow-Direct": dict(entropy_scale=0.005, desired_kl=0.016),
+}
+
+ACTION_LIMIT = math.inf  # the simulator's boxes are unbounded, and so are RSL-RL's actions there
+LEARNING_RATES = (1e-5, 1e-2)  # the lowest and the highest that the KL may set
+CALLS_BEFORE_GRAPH = 5  # of a program, before its CUDA graph is captured
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train a PPO agent. A flag whose default is None takes the value of --preset or of the task."""
+
+    # Experiment
+    env_id: str = "Isaac-Velocity-Rough-G1"
+    """task of Isaac Lab or mjlab, or module:id of one that the module registers"""
+    exp_name: str = SCRIPT
+    """part of the run folder's name"""
+    seed: int = 1
+    """of everything: networks, noise, environments"""
+    preset: Literal["paper", "cpu"] = "paper"
+    """sizes: the paper's Tables 4 and 5, or small ones for two CPU cores"""
+    action_scale: float = 1.0
+    """the simulator, whose boxes are unbounded, gets actions times this"""
+    log_dir: str = "runs"
+    """parent of the run folders"""
+
+    # Rollouts and updates
+    num_envs: int | None = None
+    """parallel environments, over all processes (paper: 4096)"""
+    num_steps: int | None = None
+    """steps of each environment in a rollout (paper: 64)"""
+    num_epochs: int | None = None
+    """passes over a rollout (the paper is silent; RSL-RL: 5)"""
+    minibatch_size: int | None = None
+    """states in a gradient step, over all processes (the paper is silent; RSL-RL: a fourth of a rollout)"""
+    gamma: float | None = None
+    """discount (paper: 0.97)"""
+    gae_lambda: float = 0.95
+    """lambda of the advantages (the paper is silent; RSL-RL: 0.95)"""
+    learning_rate: float = 1e-3
+    """of Adam at the start, of actor and critic (paper: 1e-3); then it follows the KL"""
+    desired_kl: float | None = None
+    """the learning rate falls at more than twice this KL, in nats, and grows at less than half of it"""
+    max_grad_norm: float = 1.0
+    """global-norm clip, of actor and critic apart (paper: 1.0)"""
+
+    # Policy and critic
+    hidden_dim: int | None = None
+    """width of actor and critic (paper: 256)"""
+    epsilon: float = 0.2
+    """how far from 1 the ratio is worth moving (paper: 0.2)"""
+    entropy_scale: float | None = None
+    """weight of the policy's entropy in the loss (the paper is silent; RSL-RL: the task's, else 0.01)"""
+
+    # What may differ when a run is continued or evaluated; MAY_CHANGE lists it
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where to run; gpu fails where there is none"""
+    physics: str | None = None
+    """engine of Isaac Lab 3.0, such as isaacsim_physx; default: the task's, mostly newton_mjwarp"""
+    compile: bool | None = None
+    """torch.compile and CUDA graphs; default: on a GPU only"""
+    total_timesteps: int | None = None
+    """environment steps, over all environments (paper: 300M)"""
+    eval_mode: Literal["mode", "sample"] = "mode"
+    """how to act: the mean of the Gaussian, or a sample"""
+    eval_interval: int | None = None
+    """iterations between evaluations; the last one is always followed by one (--preset paper: 50)"""
+    checkpoint_interval: int | None = None
+    """iterations between checkpoints; the last one is always followed by one (--preset paper: 20)"""
+    video_length: int = 300
+    """steps of a video"""
+    capture_video: bool = False
+    """write an mp4 of one episode at each evaluation"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "trudi"
+    """project of Weights & Biases"""
+    wandb_entity: str | None = None
+    """team of Weights & Biases"""
+    resume: str | None = None
+    """run folder to continue, with its own arguments"""
+    evaluate: str | None = None
+    """run folder to evaluate, without training"""
+
+    # Computed
+    batch_size: tyro.conf.Suppress[int] = 0
+    """environment steps in an iteration"""
+    num_iterations: tyro.conf.Suppress[int] = 0
+    """as in CleanRL, steps that do not fill an iteration are left out"""
+
+
+COMPUTED = ("batch_size", "num_iterations")  # from other arguments
+COMMAND_LINE_ONLY = ()  # what a run's folder does not decide
+MAY_CHANGE = (
+    "device physics compile total_timesteps eval_mode eval_interval checkpoint_interval capture_video "
+    "video_length track wandb_project_name wandb_entity resume evaluate batch_size num_iterations"
+).split()
+
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on preset and task; exit with code 2 on what cannot run."""
+    check_simulator(args.env_id)
+    name = args.env_id.removesuffix("-v0").replace("Repose", "Reorient")  # as in Isaac Lab 3.0
+    values = PRESET[args.preset] | TASK_SETTINGS.get(name, {})
+    values |= {name: value for name, value in vars(args).items() if value is not None}
+    values["batch_size"] = values["num_envs"] * values["num_steps"]
+    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
+    return dataclasses.replace(args, **values)
+
+
+# ----------------------------------------------------------------------------------- validation of arguments
+POSITIVE = (
+    "action_scale num_envs num_steps num_epochs minibatch_size learning_rate desired_kl max_grad_norm "
+    "hidden_dim epsilon total_timesteps eval_interval checkpoint_interval video_length"
+).split()
+SPLIT = "num_envs minibatch_size".split()  # over the processes
+
+
+def of_mjlab(env_id: str) -> bool:
+    """Whether a task is mjlab's and not Isaac Lab's."""
+    return "Mjlab-" in env_id
+
+
+def check_simulator(env_id: str) -> None:
+    """Exit with code 2 on an id of no simulator, or of one that is not installed."""
+    module, colon, name = env_id.rpartition(":")
+    if not colon and not name.startswith(("Isaac-", "Mjlab-")):
+        near = difflib.get_close_matches(name, TASKS, 3, 0.4) or TASKS[:3]
+        fail(f"unknown --env-id {name}; the nearest are {', '.join(near)}")
+    if of_mjlab(env_id) and not util.find_spec("mjlab"):
+        fail(f"--env-id {env_id} needs mjlab; pip install mjlab==1.6.0")
+    if not of_mjlab(env_id) and not util.find_spec("isaaclab"):
+        fail(f"--env-id {env_id} needs isaaclab; pip install isaaclab==3.0.0, on Python 3.12 only")
+    package = module.split(".")[0]
+    if colon and not (package and util.find_spec(package)):
+        fail(f"--env-id {env_id}: no module {package} on PYTHONPATH or beside {SCRIPT}.py")
+
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    line = " ".join(message.split())
+    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flag(name: str) -> str:
+    """A field of Args as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_args(args: Args) -> None:
+    """Exit with code 2 on flags with which no run can be made."""
+    check_numbers(args)
+    check_sizes(args)
+
+
+def check_numbers(args: Args) -> None:
+    """Exit with code 2 on a number out of its range."""
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            fail(f"{flag(name)} must be positive, not {value}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag(name)} must be finite, not {value}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
+    if not args.entropy_scale >= 0:
+        fail(f"--entropy-scale must not be negative, as {args.entropy_scale} is")
+    if not 0 <= args.gamma < 1:
+        fail(f"--gamma must lie in [0, 1), not be {args.gamma}")
+    if not 0 <= args.gae_lambda <= 1:
+        fail(f"--gae-lambda must lie in [0, 1], not be {args.gae_lambda}")
+
+
+def check_sizes(args: Args) -> None:
+    """Exit with code 2 on sizes that do not fill an iteration or do not divide over the processes."""
+    if args.num_iterations == 0:
+        fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
+    if args.batch_size % args.minibatch_size:
+        sizes = f"--num-envs x --num-steps = {args.batch_size}"
+        fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
+    for name in SPLIT:
+        value = getattr(args, name)
+        if value % WORLD:
+            fail(f"{flag(name)} {value} does not divide over {WORLD} processes")
+
+
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by which they are checked as a user's are."""
+    words = []
+    for field in dataclasses.fields(Args):
+        value = values.pop(field.name, field.default)
+        if field.name in COMPUTED:
+            continue
+        if field.type is bool and isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            continue
+        repeated = isinstance(field.default, tuple) and isinstance(value, list)
+        for one in value if repeated else [value]:
+            words.append(f"{flag(field.name)}={one}")
+    if values:
+        raise ValueError(f"there is no argument {', '.join(values)}")
+    return words
+
+
+def read_args(run: str) -> Args:
+    """The arguments that a run was started with; exits with code 2 if it is not a run of this script."""
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        words = command_line(dict(saved["args"], resume=None, evaluate=None))
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(Args, args=words)
+    except SystemExit:
+        fail(f"{run}/args.json holds a value that its flag cannot have")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+
+
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
+    given = tyro.cli(Args)
+    run = given.resume or given.evaluate
+    if not run:
+        args = resolve(given)
+        check_args(args)
+        return args
+    own = read_args(run)
+    # What makes code run is the user's to say, not the folder's, which may be a stranger's.
+    if ":" in own.env_id and given.env_id != own.env_id:
+        fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
+    own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
+    args = resolve(tyro.cli(Args, default=own))
+    for name, value in vars(own).items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
+    check_args(args)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- launch
+def launch() -> tuple[Args, Any]:
+    """Arguments and, with Isaac Lab 2.3, its app: Kit, which must start before PyTorch is imported."""
+    args = parse()
+    if of_mjlab(args.env_id):
+        return args, None
+    app = import_module("isaaclab.app")
+    if hasattr(app, "launch_simulation"):  # 3.0, which launches in make_isaaclab
+        return args, None
+    device = "cpu" if args.device == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    launcher = app.AppLauncher(headless=True, device=device, enable_cameras=args.capture_video)
+    return args, launcher.app
+
+
+STARTED = launch() if __name__ == "__main__" else None
+
+import tensorboardX
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------- environments
+Metrics = dict[str, Tensor]  # by the names under which they are logged
+
+
+class Setup(NamedTuple):
+    """What stays constant while training."""
+
+    args: Args
+    device: torch.device
+    env: Any  # E environments
+    eval_env: Any  # those for evaluation
+    observation_size: int  # O
+    actor_sees: int  # so many columns of an observation, the first ones
+    critic_sees: int  # so many, the last ones
+    action_size: int
+
+
+class Outcome(NamedTuple):
+    """What comes of a step of E environments."""
+
+    reward: Tensor  # (E,)
+    terminated: Tensor  # (E,)
+    truncated: Tensor  # (E,), and not terminated
+    next_observation: Tensor  # (E, O), the true one, also where an episode ended
+
+
+class IsaacLab:
+    """E environments of Isaac Lab or mjlab, which write into the same tensors at every step."""
+
+    def __init__(self, args: Args, env: Any):
+        groups, _ = env.reset()
+        for x in groups.values():
+            if not isinstance(x, Tensor) or x.ndim != 2:
+                fail(f"{args.env_id} must have vectors for observation groups")
+        space = env.single_action_space
+        if len(space.shape or ()) != 1 or hasattr(space, "nvec"):  # which numbers of choices have
+            fail(f"{args.env_id} must have continuous actions, a vector of them")
+        self.args = args
+        self.env = env
+        self.time_limit = env.max_episode_length
+        self.finite_horizon = getattr(env.cfg, "is_finite_horizon", False)  # time-outs belong to the task
+        self.groups = [name for name in ("policy", "actor", "critic") if name in groups]
+        self.actor_sees = groups[self.groups[0]].shape[-1]
+        self.critic_sees = groups[self.groups[-1]].shape[-1]  # the same group if there is but one
+        self.observation = self.observe(groups)  # (E, O), to act on next
+
+    def observe(self, groups: dict[str, Tensor]) -> Tensor:
+        """Observations (E, O) of both networks: the actor's group and, if there is one, the critic's."""
+        return torch.cat([groups[name] for name in self.groups], -1)
+
+    def observation_terms(self) -> list[str]:
+        """The terms of the actor's observation in order, with their sizes; none if the task does not tell."""
+        manager = getattr(self.env.unwrapped, "observation_manager", None)
+        if manager is None:
+            return []
+        group = self.groups[0]
+        pairs = zip(manager.active_terms[group], manager.group_obs_term_dim[group], strict=True)
+        return [f"{name}: {math.prod(shape)}" for name, shape in pairs]
+
+    def reset(self, spread: bool) -> None:
+        """Start all episodes; `spread` starts clocks anywhere in one, so that time-outs do not coincide."""
+        groups, _ = self.env.reset()
+        self.observation = self.observe(groups)
+        # (E, 2), return and length so far; NaN in an episode that was not seen from its start.
+        self.episode = self.observation.new_full((len(self.observation), 2), torch.nan if spread else 0.0)
+        self.ended: list[Tensor] = []  # (E, 2) a step, the episodes that ended; NaN where none did
+        self.logs: dict[str, list[Tensor]] = {}  # the simulator's own metrics of them
+        self.env.episode_length_buf.random_(self.time_limit if spread else 1)
+
+    def step(self, action: Tensor) -> Outcome:
+        """Step, end and restart episodes; actions (E, A)."""
+        before = self.observation
+        groups, reward, terminated, late, extras = self.env.step(self.args.action_scale * action)
+        reward = reward.clone()
+        ended = terminated | late
+        terminated = ended if self.finite_horizon else terminated.clone()
+        after = self.observe(groups)
+        self.observation = after.clone()
+        self.episode = self.episode + torch.stack([reward, torch.ones_like(reward)], -1)
+        self.ended.append(torch.where(ended[:, None], self.episode, torch.nan))
+        if bool(ended.any()):  # the only read from the device
+            after = self.restart_ended(ended, before, after, extras)
+            self.log(extras.get("log", {}))  # which mjlab fills in as it restarts them
+        return Outcome(reward, terminated, ended & ~terminated, after)
+
+    def restart_ended(self, ended: Tensor, before: Tensor, after: Tensor, extras: dict[str, Any]) -> Tensor:
+        """Go on with new episodes where one ended (E,); returns `after` with their true last observations."""
+        self.episode[ended] = 0.0
+        if not getattr(self.env.cfg, "auto_reset", True):  # mjlab
+            groups, _ = self.env.reset(env_ids=ended.nonzero()[:, 0])
+            self.observation[ended] = self.observe(groups)[ended]
+            return after
+        # Isaac Lab 2.3 does not tell how an episode ended: a time-out bootstraps from the state before.
+        last = self.observe(extras["final_obs"]) if "final_obs" in extras else before
+        return torch.where(ended[:, None], last, after)
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Keep the simulator's own metrics of the episodes that ended at a step."""
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.observation.device)
+            self.logs.setdefault(name, []).append(value.mean())
+
+    def episode_metrics(self) -> Metrics:
+        """Of this process's episodes that ended since the last call; without any there are no means."""
+        metrics = {name: torch.stack(values).mean() for name, values in self.logs.items()}
+        episodes = torch.stack(self.ended)  # (T, E, 2)
+        whole = episodes[..., 1].isfinite()
+        metrics["charts/episodes"] = whole.sum() * WORLD  # `averages` makes it all processes'
+        if whole.any():
+            mean = episodes[whole].mean(0)
+            metrics["charts/episodic_return"] = mean[0]
+            metrics["charts/episodic_length"] = mean[1]
+        self.ended = []
+        self.logs = {}
+        return metrics
+
+    def play(self, policy: Callable, iteration: int, folder: pathlib.Path) -> Metrics:
+        """Metrics of an episode of each environment; films one. Training's episodes end."""
+        film = self.args.capture_video and RANK == 0
+        stride = math.ceil(1 / (30 * self.env.step_dt))  # at most 30 frames a second
+        frames = []
+        self.reset(spread=False)
+        first = torch.full_like(self.episode, torch.nan)
+        for step in range(self.time_limit):
+            action = policy(self.observation)
+            if film and step < self.args.video_length and step % stride == 0:
+                frames.append(self.render())
+                print(f"video: step {step} of at most {self.args.video_length}", flush=True)
+            self.step(action)
+            first = torch.where(first[:, 1:].isnan(), self.ended[-1], first)
+            if first[:, 1].isfinite().all():
+                break
+        if film:
+            path = folder / "videos" / f"step_{iteration * self.args.batch_size}.mp4"
+            path.parent.mkdir(exist_ok=True)
+            import_module("imageio").mimsave(path, frames, fps=1 / (stride * self.env.step_dt))
+        self.reset(spread=True)
+        episodes = everywhere(first)
+        total = episodes[:, 0]
+        return {
+            "eval/episodic_return": total.mean(),
+            "eval/episodic_return_std": total.std(correction=0),
+            "eval/episodic_length": episodes[:, 1].mean(),
+        }
+
+    def render(self) -> np.ndarray:
+        """A picture, of Isaac Lab 3.0's viewer where there is one."""
+        viewers = getattr(self.env.sim, "visualizers", None)
+        return viewers[0].render_rgb_array() if viewers else self.env.render()
+
+
+def find_task(env_id: str, registered: Callable) -> str:
+    """A task's name in what is installed, after its module is imported; exits with code 2 without one."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        import_module(module)
+    new_name = name.removesuffix("-v0").replace("Repose", "Reorient")  # in Isaac Lab 3.0
+    old_name = name.replace("Reorient", "Repose") + "-v0"  # in 2.3
+    tasks = registered()
+    for found in (name, new_name, old_name):
+        if found in tasks:
+            return found
+    near = difflib.get_close_matches(name, tasks, 3, 0.4)
+    return fail(f"unknown --env-id {env_id}; the nearest installed are {', '.join(near) or 'none'}")
+
+
+def make_mjlab(args: Args, device: str, seed: int, stack: ExitStack) -> Any:
+    """This process's environments of mjlab; the stack closes them. Exits with code 2 if there are none."""
+    registry = import_module("mjlab.tasks.registry")
+    envs = import_module("mjlab.envs")
+    import_module("mjlab.tasks")
+    cfg = registry.load_env_cfg(find_task(args.env_id, registry.list_tasks))
+    cfg.scene.num_envs = args.num_envs // WORLD
+    cfg.seed = seed
+    cfg.auto_reset = False  # only so does it say how episodes end
+    env = envs.ManagerBasedRlEnv(cfg, device, "rgb_array" if args.capture_video else None)
+    return stack.enter_context(closing(env))
+
+
+def make_isaaclab(args: Args, device: str, seed: int, kit: Any, stack: ExitStack) -> Any:
+    """This process's environments of Isaac Lab; the stack closes them, then their simulator."""
+    gym = import_module("gymnasium")
+    tasks = import_module("isaaclab_tasks.utils")
+    name = find_task(args.env_id, gym.registry.keys)
+    engine = {"overrides": [f"physics={args.physics}"]} if args.physics else {}
+    try:
+        cfg = tasks.parse_env_cfg(name, device=device, num_envs=args.num_envs // WORLD, **engine)
+    except (TypeError, ValueError) as error:  # the former of 2.3, which has one engine
+        fail(f"--physics {args.physics} is not to be had for {name}: {error}")
+    cfg.seed = seed
+    cfg.compute_final_obs = True  # unread by 2.3
+    if args.capture_video and not kit:
+        viewer = import_module("isaaclab_visualizers.newton").NewtonGLVisualizerCfg
+        cfg.sim.visualizer_cfgs = [viewer(headless=True, window_width=640, window_height=480)]
+    if kit:
+        stack.enter_context(closing(kit))  # which may end the process when it is closed
+    else:
+        launch_simulation = import_module("isaaclab.app").launch_simulation
+        stack.enter_context(launch_simulation(cfg, {"device": device}))
+    env = gym.make(name, cfg=cfg, render_mode="rgb_array" if kit and args.capture_video else None)
+    return stack.enter_context(closing(env)).unwrapped
+
+
+def setup_for(args: Args, device: torch.device, env: IsaacLab) -> Setup:
+    """Environments that are trained and evaluated in, in turn."""
+    return Setup(
+        args=args,
+        device=device,
+        env=env,
+        eval_env=env,
+        observation_size=env.observation.shape[-1],
+        actor_sees=env.actor_sees,
+        critic_sees=env.critic_sees,
+        action_size=env.env.single_action_space.shape[-1],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- observations
+class Statistics(NamedTuple):
+    """Running mean and variance of every entry of an observation."""
+
+    count: int
+    mean: Tensor  # (O,)
+    variance: Tensor  # (O,)
+
+
+def init_statistics(setup: Setup) -> Statistics:
+    """Of no observation yet."""
+    zeros = torch.zeros(setup.observation_size, device=setup.device)
+    return Statistics(0, zeros, zeros.clone())
+
+
+def update_statistics(statistics: Statistics, observation: Tensor) -> Statistics:
+    """Merge observations (T, E, O) of all processes: Welford's update for batches (Chan et al., 1979)."""
+    x = everywhere(observation.flatten(0, 1))
+    count = statistics.count + len(x)
+    weight = len(x) / count
+    delta = x.mean(0) - statistics.mean
+    variance = (1 - weight) * (statistics.variance + weight * delta**2) + weight * x.var(0, correction=0)
+    return Statistics(count, statistics.mean + weight * delta, variance)
+
+
+def normalize(statistics: Statistics, observation: Tensor) -> Tensor:
+    """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
+    centered = observation - statistics.mean
+    return (centered / torch.sqrt(statistics.variance + 1e-2)).clamp(-10, 10)
+
+
+# -------------------------------------------------------------------------------------------------- networks
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as flax makes it: normal weights of variance 1 / inputs, cut at two deviations."""
+    layer = nn.Linear(inputs, outputs)
+    std = inputs**-0.5 / 0.87962566  # of the normal that has variance 1 / inputs once it is cut
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Actor(nn.Module):
+    """The mean and the standard deviation of a Gaussian.
+
+    What a replacement must keep: `action_size`, and an output layer that starts at zero, since `iterate`
+    normalises the first rollout with statistics that the actor had not when it acted.
+    """
+
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        self.observation_size = observation_size
+        self.action_size = action_size
+        width = args.hidden_dim
+        layers = []
+        for size in (observation_size, width, width):
+            layers += [linear(size, width), nn.ELU()]
+        self.hidden = nn.Sequential(*layers)
+        self.output = linear(width, 2 * action_size)
+        nn.init.zeros_(self.output.weight)  # untrained, it is a standard normal
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, both (B, A), at observations (B, O)."""
+        own = observation[..., : self.observation_size]  # the actor sees the first columns
+        mean, log_std = self.output(self.hidden(own)).chunk(2, -1)
+        return mean, log_std.exp()
+
+
+class Critic(nn.Module):
+    """The value V(s)."""
+
+    def __init__(self, args: Args, observation_size: int):
+        super().__init__()
+        self.observation_size = observation_size
+        width = args.hidden_dim
+        layers = []
+        for size in (observation_size, width, width):
+            layers += [linear(size, width), nn.ELU()]
+        self.hidden = nn.Sequential(*layers)
+        self.output = linear(width, 1)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Values (B,)."""
+        own = observation[..., -self.observation_size :]  # the critic sees the last columns
+        return self.output(self.hidden(own))[..., 0]
+
+
+# ------------------------------------------------------------------------------------------- Gaussian policy
+class Sample(NamedTuple):
+    """A sample of the policy at B states, and the Gaussians that it is of."""
+
+    action: Tensor  # (B, A), not clipped
+    mean: Tensor  # (B, A)
+    std: Tensor  # (B, A)
+
+
+def log_density(action: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Of diagonal Gaussians, everything (B, A), at actions: (B,)."""
+    return -(0.5 * ((action - mean) / std) ** 2 + torch.log(std * math.sqrt(2 * math.pi))).sum(-1)
+
+
+def gaussian_kl(mean: Tensor, std: Tensor, new_mean: Tensor, new_std: Tensor) -> Tensor:
+    """KL (B,) of Gaussians from new ones, of these means and standard deviations (B, A)."""
+    ratio = (std / new_std) ** 2
+    return 0.5 * (ratio - 1 - torch.log(ratio) + ((mean - new_mean) / new_std) ** 2).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+def advantages(
+    args: Args, reward: Tensor, terminated: Tensor, truncated: Tensor, value: Tensor, next_value: Tensor
+) -> Tensor:
+    """GAE, everything (T, E); `value` is V at the observations, `next_value` V at the true next ones."""
+    found = torch.empty_like(reward)
+    later = torch.zeros_like(reward[-1])
+    for t in reversed(range(len(reward))):
+        # Chosen, not multiplied by 0: what follows a termination may be NaN.
+        future = torch.where(terminated[t], 0.0, next_value[t])
+        error = reward[t] + args.gamma * future - value[t]
+        later = torch.where(terminated[t] | truncated[t], 0.0, later)
+        later = error + args.gamma * args.gae_lambda * later  # Eq. 16 of GAE's paper
+        found[t] = later
+    return found
+
+
+def standardize(advantage: Tensor) -> Tensor:
+    """Advantages with mean 0 and standard deviation 1 over a rollout of all processes."""
+    x = everywhere(advantage.flatten())
+    return (advantage - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+# ---------------------------------------------------------------------------------------- losses and updates
+UPDATE_METRICS = "losses/critic losses/actor entropy/gaussian trust_region/kl trust_region/outside".split()
+
+
+class Learner(NamedTuple):
+    """All that learns, which updates change in place. The learning rate is in both of the optimizers."""
+
+    actor: Actor
+    critic: Critic
+    actor_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+
+
+class Batch(NamedTuple):
+    """B states of a rollout."""
+
+    observation: Tensor  # (B, O), normalised
+    action: Tensor  # (B, A), not clipped
+    mean: Tensor  # (B, A), of the policy that acted
+    std: Tensor  # (B, A), of the policy that acted
+    advantage: Tensor  # (B,), standardised
+    target: Tensor  # (B,), lambda-returns
+
+
+def init_learner(setup: Setup) -> Learner:
+    """Networks and Adam from the seed, the same in every process."""
+    args = setup.args
+    torch.manual_seed(args.seed)
+    actor = Actor(args, setup.actor_sees, setup.action_size).to(setup.device)
+    critic = Critic(args, setup.critic_sees).to(setup.device)
+    learning_rate = torch.full((), args.learning_rate, device=setup.device)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)  # capturable by CUDA graphs
+    return Learner(
+        actor=actor,
+        critic=critic,
+        actor_optimizer=adam(actor.parameters(), learning_rate.clone()),
+        critic_optimizer=adam(critic.parameters(), learning_rate.clone()),
+    )
+
+
+def learning_rates(learner: Learner) -> list[Tensor]:
+    """The optimizers' own tensors of the learning rate, to be changed in place: CUDA graphs read them."""
+    optimizers = (learner.actor_optimizer, learner.critic_optimizer)
+    return [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+
+
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
+    """The squared error of the critic's values."""
+    return F.mse_loss(critic(batch.observation), batch.target)
+
+
+def actor_loss(actor: Actor, args: Args, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The clipped loss, and ratio, entropy and KL from the old policy of every state (B,)."""
+    mean, std = actor(batch.observation)
+    old_log_density = log_density(batch.action, batch.mean, batch.std)
+    ratio = torch.exp(log_density(batch.action, mean, std) - old_log_density)
+    clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+    gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)  # Eq. 7 of PPO's paper
+    entropy = torch.log(std * math.sqrt(2 * math.pi * math.e)).sum(-1)
+    kl = gaussian_kl(batch.mean, batch.std, mean, std)
+    loss = -(gain + args.entropy_scale * entropy).mean()
+    return loss, (ratio.detach(), entropy.detach(), kl.detach())
+
+
+def adapt(learning_rate: Tensor, args: Args, kl: Tensor) -> Tensor:
+    """The next learning rate: RSL-RL's rule, which keeps a step's KL near the desired one."""
+    growth = torch.where(kl < args.desired_kl / 2, 1.5, 1.0)
+    factor = torch.where(kl > 2 * args.desired_kl, 1 / 1.5, growth)
+    return (learning_rate * factor).clamp(*LEARNING_RATES)
+
+
+def add_up(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of all processes' gradients, which travel together: calls cost more than numbers."""
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
+    """One step down a loss's gradient, averaged over the processes and clipped by its global norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss / WORLD, parameters)
+    if WORLD > 1:
+        gradients = add_up(gradients)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.contiguous()
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+
+def update_minibatch(args: Args, learner: Learner, batch: Batch) -> Tensor:
+    """One gradient step each of actor and critic; returns the numbers of UPDATE_METRICS."""
+    loss, (ratio, entropy, kl) = actor_loss(learner.actor, args, batch)
+    mean_kl = everywhere(kl).mean()  # the same in all processes, and so the learning rate
+    for learning_rate in learning_rates(learner):
+        learning_rate.copy_(adapt(learning_rate, args, mean_kl))
+    descend(learner.actor_optimizer, loss, args.max_grad_norm)
+
+    # Only now, as torch.compile would join the graphs of two losses, and each is freed as it is descended.
+    value = critic_loss(learner.critic, args, batch)
+    descend(learner.critic_optimizer, value, args.max_grad_norm)
+
+    outside = ((ratio - 1).abs() > args.epsilon).float()
+    return torch.stack([value.detach(), loss.detach(), entropy.mean(), mean_kl, outside.mean()])
+
+
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The states of a batch that have these numbers."""
+    return Batch(*[x[rows] for x in batch])
+
+
+class Programs(NamedTuple):
+    """The two functions that take the time, bound to a learner and, with --compile, compiled."""
+
+    sample_policy: Callable  # of normalised observations (B, O)
+    update_minibatch: Callable  # of a Batch
+
+
+@torch.enable_grad()
+def update_epochs(setup: Setup, programs: Programs, data: Batch) -> Metrics:
+    """All epochs of shuffled minibatches of a rollout (E * T, ...); metrics are means over the last epoch."""
+    args = setup.args
+    size = len(data.action)
+    order = torch.cat([torch.randperm(size, device=setup.device) for _ in range(args.num_epochs)])
+    minibatches = order.split(args.minibatch_size // WORLD)
+    found = [programs.update_minibatch(take_rows(data, rows)) for rows in minibatches]
+    minibatches_per_epoch = len(minibatches) // args.num_epochs
+    means = torch.stack(found[-minibatches_per_epoch:]).mean(0)
+    return dict(zip(UPDATE_METRICS, means, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- iteration
+class Transition(NamedTuple):
+    """A rollout."""
+
+    observation: Tensor  # (T, E, O), raw
+    action: Tensor  # (T, E, A), not clipped
+    mean: Tensor  # (T, E, A), of the policy that acted
+    std: Tensor  # (T, E, A), of the policy that acted
+    reward: Tensor  # (T, E)
+    terminated: Tensor  # (T, E)
+    truncated: Tensor  # (T, E)
+    next_observation: Tensor  # (T, E, O), raw; the true one, also where an episode ended
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds; simulators cannot be saved."""
+
+    learner: Learner
+    statistics: Statistics
+    iteration: int
+
+
+def empty_rollout(setup: Setup) -> Transition:
+    """Storage of a rollout."""
+    size = (setup.args.num_steps, *setup.env.observation.shape)
+    steps = size[:2]
+    empty = functools.partial(torch.empty, device=setup.device)
+    return Transition(
+        observation=empty(size),
+        action=empty(*steps, setup.action_size),
+        mean=empty(*steps, setup.action_size),
+        std=empty(*steps, setup.action_size),
+        reward=empty(steps),
+        terminated=empty(steps, dtype=torch.bool),
+        truncated=empty(steps, dtype=torch.bool),
+        next_observation=empty(size),
+    )
+
+
+def sample_policy(args: Args, actor: Actor, observation: Tensor) -> Sample:
+    """Samples of the actor at normalised observations (B, O)."""
+    mean, std = actor(observation)
+    return Sample(mean + std * torch.randn_like(mean), mean, std)
+
+
+def rollout(setup: Setup, programs: Programs, statistics: Statistics) -> Transition:
+    """Act for T steps with samples of the policy, keeping their Gaussians."""
+    data = empty_rollout(setup)
+    for t in range(setup.args.num_steps):
+        observation = setup.env.observation
+        sample = programs.sample_policy(normalize(statistics, observation))
+        data.observation[t] = observation
+        data.action[t] = sample.action
+        data.mean[t] = sample.mean
+        data.std[t] = sample.std
+
+        outcome = setup.env.step(sample.action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
+        data.reward[t] = outcome.reward
+        data.terminated[t] = outcome.terminated
+        data.truncated[t] = outcome.truncated
+        data.next_observation[t] = outcome.next_observation
+    return data
+
+
+def flatten_rollout(x: Tensor) -> Tensor:
+    """(T, E, ...) as (E * T, ...)."""
+    return x.swapaxes(0, 1).flatten(0, 1)
+
+
+def update(
+    setup: Setup,
+    programs: Programs,
+    learner: Learner,
+    data: Transition,
+    observation: Tensor,
+    next_observation: Tensor,
+) -> Metrics:
+    """Learn from a rollout, whose observations and true next ones (T, E, O) are given normalised."""
+    args = setup.args
+    value = torch.stack([learner.critic(x) for x in observation])
+    next_value = torch.stack([learner.critic(x) for x in next_observation])
+    advantage = advantages(args, data.reward, data.terminated, data.truncated, value, next_value)
+    target = advantage + value
+    batch = Batch(
+        observation=flatten_rollout(observation),
+        action=flatten_rollout(data.action),
+        mean=flatten_rollout(data.mean),
+        std=flatten_rollout(data.std),
+        advantage=flatten_rollout(standardize(advantage)),
+        target=flatten_rollout(target),
+    )
+
+    # KL of the whole iteration, on as many states as a minibatch has.
+    order = torch.randperm(len(batch.action), device=setup.device)
+    some = take_rows(batch, order[: args.minibatch_size // WORLD])
+    metrics = update_epochs(setup, programs, batch)
+    stored_kl = gaussian_kl(some.mean, some.std, *learner.actor(some.observation))
+    return metrics | {
+        "trust_region/stored_kl": stored_kl.mean(),
+        "entropy/std": data.std.mean(),
+        "critic/target": target.mean(),
+        "charts/learning_rate": learning_rates(learner)[0].clone(),
+    }
+
+
+def seed_noise(args: Args, *numbers: int) -> None:
+    """Seed PyTorch's noise from the run's seed, this process and more, such as the iteration.
+
+    So evaluations do not disturb it, and a run that is continued needs no other state.
+    """
+    sequence = np.random.SeedSequence([args.seed, RANK, *numbers])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+@torch.no_grad()
+def iterate(setup: Setup, programs: Programs, state: TrainState) -> tuple[TrainState, Metrics]:
+    """One iteration: rollout, targets, epochs of updates, observation statistics."""
+    seed_noise(setup.args, state.iteration)
+    learner = state.learner
+    data = rollout(setup, programs, state.statistics)
+
+    # The untrained actor ignores what it observes, its output layer being 0, so the first rollout may seed
+    # the statistics that it is learned from with. Later ones take effect in the next rollout: stored means
+    # belong to the present ones (E13).
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = merged if state.iteration == 0 else state.statistics
+
+    observation = normalize(statistics, data.observation)
+    next_observation = normalize(statistics, data.next_observation)
+    metrics = update(setup, programs, learner, data, observation, next_observation)
+    metrics |= setup.env.episode_metrics()
+    return TrainState(learner, merged, state.iteration + 1), metrics
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+def evaluation_action(setup: Setup, learner: Learner, observation: Tensor) -> Tensor:
+    """Actions (B, A) as --eval-mode says, at normalised observations (B, O)."""
+    sample = sample_policy(setup.args, learner.actor, observation)
+    return sample.mean if setup.args.eval_mode == "mode" else sample.action
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, state: TrainState, folder: pathlib.Path) -> Metrics:
+    """Metrics of an episode of each environment for it; --capture-video films one into the run's folder."""
+    seed_noise(setup.args, state.iteration, 1)
+
+    def policy(observation: Tensor) -> Tensor:
+        action = evaluation_action(setup, state.learner, normalize(state.statistics, observation))
+        return action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+    return setup.eval_env.play(policy, state.iteration, folder)
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+SAVED = "actor critic actor_optimizer critic_optimizer".split()  # of a Learner
+
+
+def checkpoints(run: str | pathlib.Path) -> list[pathlib.Path]:
+    """A run's checkpoints, the newest last."""
+    return sorted(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
+
+
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    names = [path.stem for path in (run / "checkpoints").glob("*.pt")]
+    steps = [int(name) for name in names if name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
+
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
+    """Write the training state and the seconds it took; keep the last three."""
+    content = {name: getattr(state.learner, name).state_dict() for name in SAVED}
+    content |= state.statistics._asdict()
+    content |= {"iteration": state.iteration, "wall_time": wall_time}
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "unfinished"
+    try:
+        torch.save(content, unfinished)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        end_unwritten(run, error)
+    unfinished.replace(folder / f"{step}.pt")  # so that a file of this name is complete
+    for path in checkpoints(run)[:-3]:
+        path.unlink()
+
+
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
+    try:
+        newest = checkpoints(run)[-1]
+        return torch.load(newest, map_location="cpu", weights_only=True)  # nothing in it is executed
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({reason})")
+
+
+def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
+    """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
+    try:
+        for name in SAVED:
+            getattr(state.learner, name).load_state_dict(saved[name])
+        mean = state.statistics.mean.copy_(saved["mean"])
+        variance = state.statistics.variance.copy_(saved["variance"])
+        for optimizer in (state.learner.actor_optimizer, state.learner.critic_optimizer):
+            group = optimizer.param_groups[0]
+            group["lr"] = group["lr"].to(mean.device)  # which load_state_dict leaves where it was read to
+        return TrainState(state.learner, Statistics(saved["count"], mean, variance), saved["iteration"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        fail(f"the checkpoint is not of this run: {str(error)[:300]}")
+
+
+# ------------------------------------------------------------------------------------------------ run folder
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    folder = str(pathlib.Path(__file__).resolve().parent)
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "script": SCRIPT,
+        "command": sys.argv,
+        "git_commit": commit,  # empty outside a clone
+        "device": f"{WORLD} x {device}, {os.cpu_count()} cores",
+        "python": sys.version,
+        "versions": {package.name: package.version for package in metadata.distributions()},
+    }
+
+
+def open_run(folder: pathlib.Path, args: Args) -> None:
+    """Write the run's args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    path = folder / "args.json"
+    earlier = []  # what it said each time that the run was started before
+    if path.exists():
+        last = json.loads(path.read_text())
+        earlier = [*last.pop("earlier_starts", []), last]
+    about = {"args": vars(args), **provenance(), "earlier_starts": earlier}
+    unfinished = folder / "args.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        end_unwritten(folder, error)
+    unfinished.replace(path)
+    if args.track:
+        import_module("wandb").init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            config=vars(args),
+            name=folder.name,
+            dir=str(folder),
+            sync_tensorboard=True,
+        )
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a run's file, whole or not at all."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        os.truncate(path, size)
+        end_unwritten(path.parent, error)
+
+
+def open_log(folder: pathlib.Path, step: int) -> Callable:
+    """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    path.touch()
+    # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+    kept = b""
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            kept += line
+    os.truncate(path, len(kept))
+    writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+
+    def end_with_thread(failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            end_unwritten(folder, failure.exc_value)
+        threading.__excepthook__(failure)
+
+    threading.excepthook = end_with_thread  # else who waits for a writer that could not write waits for ever
+
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
+        append(path, json.dumps(row) + "\n")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
+def make_folder(args: Args) -> int:
+    """Make the folder of a new run, which no other run has; returns the second in its name."""
+    second = int(time.time())
+    while True:
+        try:
+            name_folder(args, second).mkdir(parents=True)
+            return second
+        except FileExistsError:
+            second += 1
+
+
+def run_folder(args: Args) -> pathlib.Path:
+    """The folder of a new run, which is made, or of the one that is continued; the same in all processes."""
+    if args.resume:
+        return pathlib.Path(args.resume)
+    second = make_folder(args) if RANK == 0 else 0
+    return name_folder(args, largest(second))
+
+
+def open_logs(args: Args, folder: pathlib.Path, done: int) -> Callable:
+    """Open the run and its log, to go on after so many iterations; the first process writes them."""
+    if RANK > 0:
+        return lambda *_: None
+    open_run(folder, args)
+    return open_log(folder, done * args.batch_size)
+
+
+# ----------------------------------------------------------------------------------------- several processes
+def check_device(device: str) -> None:
+    """Exit with code 2 where a GPU is asked for and there is none."""
+    if device == "gpu" and not torch.cuda.is_available():
+        fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
+
+
+def open_device(args: Args) -> torch.device:
+    """This process's device, set up."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # JAX's default on GPUs that have it
+    # Small networks and, without a GPU, a simulator that runs on one thread: more threads would only wait.
+    torch.set_num_threads(1)
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_processes(device: torch.device) -> None:
+    """Connect the processes that torchrun started; only the first of them prints."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave_processes() -> None:
+    """Wait for the other processes: torchrun ends all with the first, and one may still be saving."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def everywhere(x: Tensor) -> Tensor:
+    """A tensor of every process, one after the other along the first axis."""
+    if WORLD == 1:
+        return x
+    return torch.cat(import_module("torch.distributed.nn").all_gather(x.contiguous()))
+
+
+def gather(value: Any) -> list[Any]:
+    """A Python object of every process."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes have."""
+    return max(gather(number))
+
+
+def averages(metrics: Metrics) -> dict[str, float]:
+    """Means over the processes, of each metric over those that have it."""
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()  # one read from the device
+    found: dict[str, list[float]] = {}
+    for row in gather(dict(zip(metrics, values, strict=True))):
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+# -------------------------------------------------------------------------------------------------- training
+def compile_programs(setup: Setup, learner: Learner) -> Programs:
+    """What changes this learner and acts with it; with --compile compiled and on a GPU made CUDA graphs."""
+    args = setup.args
+    gpu = setup.device.type == "cuda"
+    sample = functools.partial(sample_policy, args, learner.actor)
+    learn = functools.partial(update_minibatch, args, learner)
+    if args.compile or (args.compile is None and gpu):
+        sample = torch.compile(sample)
+        learn = torch.compile(learn)
+        if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
+            graph = import_module("tensordict.nn").CudaGraphModule
+            sample = graph(sample, warmup=CALLS_BEFORE_GRAPH)
+            learn = graph(learn, warmup=CALLS_BEFORE_GRAPH)
+    return Programs(sample, learn)
+
+
+def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Programs]:
+    """The training state, new or a checkpoint's, and what is done with it."""
+    learner = init_learner(setup)
+    state = TrainState(learner, init_statistics(setup), 0)
+    if saved:
+        state = fill_state(state, saved)
+    return state, compile_programs(setup, learner)
+
+
+def changing_tensors(learner: Learner) -> list[Tensor]:
+    """What updates change: parameters, learning rates, then Adam's moments, of which a new one has none."""
+    found = [*learner.actor.parameters(), *learner.critic.parameters(), *learning_rates(learner)]
+    for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
+        for moments in optimizer.state.values():
+            found += moments.values()
+    return found
+
+
+@torch.no_grad()
+def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
+    """Compile the programs and capture their CUDA graphs on zeros; the learner is left as it was."""
+    args = setup.args
+    began = time.perf_counter()
+    kept = [x.clone() for x in changing_tensors(learner)]
+    size = args.minibatch_size // WORLD
+    zeros = functools.partial(torch.zeros, device=setup.device)
+    batch = Batch(
+        observation=zeros(size, setup.observation_size),
+        action=zeros(size, setup.action_size),
+        mean=zeros(size, setup.action_size),
+        std=torch.ones(size, setup.action_size, device=setup.device),
+        advantage=zeros(size),
+        target=zeros(size),
+    )
+    for _ in range(CALLS_BEFORE_GRAPH + 2):
+        programs.sample_policy(torch.zeros_like(setup.env.observation))
+        with torch.enable_grad():  # as in update_epochs
+            programs.update_minibatch(batch)
+    # In place, as graphs remember where tensors lie.
+    changed = changing_tensors(learner)
+    for x in changed:
+        x.zero_()
+    for x, value in zip(changed, kept, strict=False):  # a new Adam's moments are not kept: they are zeros
+        x.copy_(value)
+    print(f"warmed up in {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def not_finite(metrics: dict[str, float]) -> list[str]:
+    """Names of the metrics that are not finite, any of which ends a run."""
+    return [name for name, value in metrics.items() if not math.isfinite(value)]
+
+
+def catch_signals() -> list[int]:
+    """The signals received, filled later: the first ends the run after its iteration, a later one kills."""
+    received: list[int] = []
+    times: list[float] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it may be the same one, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
+    return received
+
+
+def print_progress(args: Args, metrics: dict[str, float], done: int, wall_time: float) -> None:
+    """One line on stdout for an iteration."""
+    eta = wall_time / 60 / done * (args.num_iterations - done)
+    line = f"step {done * args.batch_size:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min"
+    for name, value in metrics.items():
+        if name.startswith("eval/"):
+            line += f"  {name} {value:.2f}"
+    print(line, flush=True)
+
+
+def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, Any]) -> int:
+    """The training loop; returns the process's exit code."""
+    args = setup.args
+    warm_up(setup, programs, state.learner)
+    folder = run_folder(args)
+    log = open_logs(args, folder, state.iteration)
+    received = catch_signals()
+    stop = 0
+    bad: list[str] = []
+    started = time.perf_counter() - float(saved.get("wall_time", 0.0))
+    while state.iteration < args.num_iterations and not stop and not bad:
+        began = time.perf_counter()
+        state, metrics = iterate(setup, programs, state)
+        metrics = averages(metrics)
+        metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
+        done = state.iteration
+        step = done * args.batch_size
+        last = done == args.num_iterations
+        stop = largest(received[0] if received else 0)
+        bad = not_finite(metrics)
+        if not bad and not stop and (last or done % args.eval_interval == 0):
+            metrics |= averages(evaluate(setup, state, folder))
+            bad = not_finite(metrics)
+        wall_time = time.perf_counter() - started
+        log(step, wall_time, metrics)
+        print_progress(args, metrics, done, wall_time)
+
+        if bad and RANK == 0:
+            kept = folder / "diverged"
+            print(f"iteration {done}: {', '.join(bad)} not finite; the state is in {kept}", file=sys.stderr)
+            save_checkpoint(kept, state, step, wall_time)
+        if RANK == 0 and not bad and (last or stop or done % args.checkpoint_interval == 0):
+            save_checkpoint(folder, state, step, time.perf_counter() - started)
+    print(folder, flush=True)
+    if bad:
+        return 1
+    return 128 + stop if stop else 0
+
+
+def run(args: Args, kit: Any, stack: ExitStack) -> int:
+    """Make the environments, then train, resume or evaluate; returns the process's exit code."""
+    folder = args.resume or args.evaluate
+    saved = read_checkpoint(folder) if folder else {}
+    device = open_device(args)
+    join_processes(device)
+    for name, value in vars(args).items():
+        print(f"{name}: {value}", flush=True)
+    numbers = [args.seed, RANK, saved.get("iteration", 0)]
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)
+    if of_mjlab(args.env_id):
+        env = IsaacLab(args, make_mjlab(args, str(device), seed, stack))
+    else:
+        env = IsaacLab(args, make_isaaclab(args, str(device), seed, kit, stack))
+    setup = setup_for(args, device, env)
+    state, programs = prepare(setup, saved)
+    torch.manual_seed(args.seed + RANK)  # processes draw clocks of their own
+    env.reset(spread=True)
+    code = 0
+    if args.evaluate:
+        print(json.dumps(averages(evaluate(setup, state, pathlib.Path(args.evaluate)))), flush=True)
+    else:
+        code = train(setup, programs, state, saved)
+    leave_processes()
+    return code
+
+
+def main(args: Args, kit: Any) -> None:
+    """Run, then close the environments and their simulator."""
+    check_device(args.device)
+    with ExitStack() as stack:
+        code = run(args, kit, stack)
+        if args.track and RANK == 0:
+            import_module("wandb").finish()  # all is written before Kit, closing, may end the process
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main(*STARTED)

@@ -1,0 +1,1399 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "mani-skill==3.0.1",
+#     "tensorboard>=2.18",
+#     "tensorboardx>=2.6.2",
+#     "tensordict>=0.10",
+#     "torch==2.13.0",
+#     "tyro>=1.0",
+#     "wandb>=0.19.10",
+# ]
+# ///
+"""PPO (Proximal Policy Optimization, arXiv 1707.06347) on ManiSkill3.
+
+    python benchmark/baselines/ppo_maniskill.py --env-id PushCube-v1 --preset cpu
+
+It is made from trudi_maniskill.py, and what differs is this. The policy is a Gaussian, whose mean and
+standard deviation a network gives. The critic is a value V(s), with a squared error. Both networks are MLPs
+of three layers with ELU. Advantages are those of GAE (arXiv 1506.02438, Eq. 16), and the loss is the clipped
+one (Eq. 7 of PPO's paper) with a bonus for entropy.
+
+TruDi's paper (arXiv 2606.15260) has its PPO from RSL-RL (arXiv 2509.10771, Appendix B.5). Of the paper are
+the networks, epsilon, the learning rate at the start, the gradients' clip (Table 4), environments and steps
+(Table 5). What it leaves open is RSL-RL's where that is no matter of the task: the learning rate follows the
+KL, there are 5 epochs of 4 minibatches, and advantages are standardised over a rollout. The rest is of
+ManiSkill's own ppo.py, as RSL-RL has no settings for ManiSkill: lambda of the advantages, 0.9, no bonus for
+entropy, and actions clipped to [-1, 1]. Gamma is 1 - 10 / time limit as for TruDi, which for 50 steps is
+ppo.py's 0.8, too; the paper has 0.99. But time-outs have the value of the true next state, values are not
+clipped, as Table 4 has "MSE", and gradients are clipped for each network apart.
+
+README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
+environments, B states of a batch, A action dimensions, O entries of an observation.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata, util
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+SCRIPT = pathlib.Path(__file__).stem
+RANK = int(os.environ.get("RANK", "0"))  # torchrun's number of this process
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # and how many it has started
+
+# ----------------------------------------------------------------------------------------------- constants
+TASKS = (
+    "PickCube-v1 StackCube-v1 PokeCube-v1 PullCube-v1 PushCube-v1 RollBall-v1 LiftPegUpright-v1 "
+    "PlaceSphere-v1 PlugCharger-v1 PushT-v1 PullCubeTool-v1 TwoRobotPickCube-v1 TwoRobotStackCube-v1"
+).split()
+PAPER = dict(  # Tables 4 and 5 but for gamma, and RSL-RL's 5 epochs of 4 minibatches
+    total_timesteps=50_000_000,
+    num_envs=1024,
+    num_steps=128,
+    num_epochs=5,
+    minibatch_size=32768,
+    hidden_dim=256,
+    gamma=0.8,
+    reward_mode="normalized_dense",
+    num_eval_envs=128,
+    eval_interval=15,
+    checkpoint_interval=15,
+)
+CPU = PAPER | dict(  # for two cores, the networks as wide as TruDi's
+    total_timesteps=300_000,
+    num_envs=32,
+    num_steps=64,
+    minibatch_size=512,
+    hidden_dim=64,
+    num_eval_envs=32,
+    eval_interval=20,
+    checkpoint_interval=20,
+)
+PRESET = {"paper": PAPER, "cpu": CPU}
+# As in REPPO's code, gamma is 1 - 10 / time limit; most tasks have 50 steps, as other modules' may have.
+TASK_SETTINGS = {
+    "RollBall-v1": dict(gamma=0.875),
+    "PlugCharger-v1": dict(gamma=0.95, reward_mode="sparse"),
+    "PushT-v1": dict(gamma=0.9),
+    "PullCubeTool-v1": dict(gamma=0.9),
+    "TwoRobotPickCube-v1": dict(gamma=0.9),
+    "TwoRobotStackCube-v1": dict(gamma=0.9),
+}
+
+# Clips actions for the simulator; not in the losses, where the Gaussian's own samples are.
+ACTION_LIMIT = 0.999
+LEARNING_RATES = (1e-5, 1e-2)  # the lowest and the highest that the KL may set
+CALLS_BEFORE_GRAPH = 5  # of a program, before its CUDA graph is captured
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train a PPO agent. A flag whose default is None takes the value of --preset or of the task."""
+
+    # Experiment
+    env_id: str = "PushCube-v1"
+    """task of ManiSkill3, or module:id of one that the module registers"""
+    exp_name: str = SCRIPT
+    """part of the run folder's name"""
+    seed: int = 1
+    """of everything: networks, noise, environments"""
+    preset: Literal["paper", "cpu"] = "paper"
+    """sizes: the paper's Tables 4 and 5, or small ones for two CPU cores"""
+    reward_mode: Literal["normalized_dense", "dense", "sparse"] | None = None
+    """the task's reward; default: normalized_dense if the task has it"""
+    log_dir: str = "runs"
+    """parent of the run folders"""
+
+    # Rollouts and updates
+    num_envs: int | None = None
+    """parallel environments, over all processes (paper: 1024)"""
+    num_steps: int | None = None
+    """steps of each environment in a rollout (paper: 128)"""
+    num_epochs: int | None = None
+    """passes over a rollout (the paper is silent; RSL-RL: 5)"""
+    minibatch_size: int | None = None
+    """states in a gradient step, over all processes (the paper is silent; RSL-RL: a fourth of a rollout)"""
+    gamma: float | None = None
+    """discount (paper: 0.99; here as for TruDi 1 - 10 / time limit)"""
+    gae_lambda: float = 0.9
+    """lambda of the advantages (the paper is silent; ManiSkill: 0.9)"""
+    learning_rate: float = 1e-3
+    """of Adam at the start, of actor and critic (paper: 1e-3); then it follows the KL"""
+    desired_kl: float = 0.01
+    """the learning rate falls at more than twice this KL, in nats, and grows at less than half of it"""
+    max_grad_norm: float = 1.0
+    """global-norm clip, of actor and critic apart (paper: 1.0)"""
+
+    # Policy and critic
+    hidden_dim: int | None = None
+    """width of actor and critic (paper: 256)"""
+    epsilon: float = 0.2
+    """how far from 1 the ratio is worth moving (paper: 0.2)"""
+    entropy_scale: float = 0.0
+    """weight of the policy's entropy in the loss (the paper is silent; ManiSkill: 0)"""
+
+    # What may differ when a run is continued or evaluated; MAY_CHANGE lists it
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """where to run; gpu fails where there is none"""
+    compile: bool | None = None
+    """torch.compile and CUDA graphs; default: on a GPU only"""
+    total_timesteps: int | None = None
+    """environment steps, over all environments (paper: 50M)"""
+    eval_mode: Literal["mode", "sample"] = "mode"
+    """how to act: the mean of the Gaussian, or a sample"""
+    eval_interval: int | None = None
+    """iterations between evaluations; the last one is always followed by one (--preset paper: 15)"""
+    num_eval_envs: int | None = None
+    """episodes in an evaluation, over all processes (--preset paper: 128)"""
+    checkpoint_interval: int | None = None
+    """iterations between checkpoints; the last one is always followed by one (--preset paper: 15)"""
+    capture_video: bool = False
+    """write an mp4 of one episode at each evaluation"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "trudi"
+    """project of Weights & Biases"""
+    wandb_entity: str | None = None
+    """team of Weights & Biases"""
+    resume: str | None = None
+    """run folder to continue, with its own arguments"""
+    evaluate: str | None = None
+    """run folder to evaluate, without training"""
+
+    # Computed
+    batch_size: tyro.conf.Suppress[int] = 0
+    """environment steps in an iteration"""
+    num_iterations: tyro.conf.Suppress[int] = 0
+    """as in CleanRL, steps that do not fill an iteration are left out"""
+
+
+COMPUTED = ("batch_size", "num_iterations")  # from other arguments
+COMMAND_LINE_ONLY = ()  # what a run's folder does not decide
+MAY_CHANGE = (
+    "device compile total_timesteps eval_mode eval_interval num_eval_envs checkpoint_interval "
+    "capture_video track wandb_project_name wandb_entity resume evaluate batch_size num_iterations"
+).split()
+
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    line = " ".join(message.split())
+    print(f"{SCRIPT}.py: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flag(name: str) -> str:
+    """A field of Args as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_task(env_id: str) -> None:
+    """Exit with code 2 on an id that no task or module has."""
+    module, colon, _ = env_id.rpartition(":")
+    package = module.split(".")[0]
+    if colon and not (package and util.find_spec(package)):
+        fail(f"unknown --env-id {env_id}: there is no such module on PYTHONPATH or beside {SCRIPT}.py")
+    if not colon and env_id not in TASKS:
+        near = difflib.get_close_matches(env_id, TASKS, 3, 0.4) or TASKS[:3]
+        fail(f"unknown --env-id {env_id}; the nearest are {', '.join(near)}")
+
+
+if __name__ == "__main__":  # a wrong flag or task is told before the seconds that these imports take
+    check_task(tyro.cli(Args).env_id)
+
+import numpy as np
+import tensorboardX
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resolve(args: Args) -> Args:
+    """Fill in what depends on task, preset and device; exit with code 2 on what cannot run."""
+    check_task(args.env_id)
+    check_device(args.device)
+    values = PRESET[args.preset] | TASK_SETTINGS.get(args.env_id, {})
+    values |= {name: value for name, value in vars(args).items() if value is not None}
+    values["batch_size"] = values["num_envs"] * values["num_steps"]
+    values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
+    return dataclasses.replace(args, **values)
+
+
+# ----------------------------------------------------------------------------------- validation of arguments
+POSITIVE = (
+    "num_envs num_steps num_epochs minibatch_size learning_rate desired_kl max_grad_norm hidden_dim "
+    "epsilon total_timesteps eval_interval num_eval_envs checkpoint_interval"
+).split()
+SPLIT = "num_envs minibatch_size num_eval_envs".split()  # over the processes
+
+
+def check_device(device: str) -> None:
+    """Exit with code 2 where a GPU is asked for and there is none."""
+    if device == "gpu" and not torch.cuda.is_available():
+        fail("PyTorch has no gpu device; install a CUDA build of it and NVIDIA's driver, or use --device cpu")
+
+
+def check_args(args: Args) -> None:
+    """Exit with code 2 on flags with which no run can be made."""
+    check_numbers(args)
+    check_sizes(args)
+
+
+def check_numbers(args: Args) -> None:
+    """Exit with code 2 on a number out of its range."""
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            fail(f"{flag(name)} must be positive, not {value}")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag(name)} must be finite, not {value}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
+    if not args.entropy_scale >= 0:
+        fail(f"--entropy-scale must not be negative, as {args.entropy_scale} is")
+    if not 0 <= args.gamma < 1:
+        fail(f"--gamma must lie in [0, 1), not be {args.gamma}")
+    if not 0 <= args.gae_lambda <= 1:
+        fail(f"--gae-lambda must lie in [0, 1], not be {args.gae_lambda}")
+
+
+def check_sizes(args: Args) -> None:
+    """Exit with code 2 on sizes that do not fill an iteration or do not divide over the processes."""
+    if args.num_iterations == 0:
+        fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
+    if args.batch_size % args.minibatch_size:
+        sizes = f"--num-envs x --num-steps = {args.batch_size}"
+        fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
+    for name in SPLIT:
+        value = getattr(args, name)
+        if value % WORLD:
+            fail(f"{flag(name)} {value} does not divide over {WORLD} processes")
+
+
+# ---------------------------------------------------------------------------------------------- environments
+Metrics = dict[str, Tensor]  # by the names under which they are logged
+
+
+class Setup(NamedTuple):
+    """What stays constant while training."""
+
+    args: Args
+    device: torch.device
+    env: Any  # E environments
+    eval_env: Any  # those for evaluation
+    observation_size: int  # O
+    actor_sees: int  # so many columns of an observation, the first ones
+    critic_sees: int  # so many, the last ones
+    action_size: int
+
+
+class Outcome(NamedTuple):
+    """What comes of a step of E environments."""
+
+    reward: Tensor  # (E,)
+    terminated: Tensor  # (E,)
+    truncated: Tensor  # (E,), and not terminated
+    next_observation: Tensor  # (E, O), the true one, also where an episode ended
+
+
+class Episode(NamedTuple):
+    """The episodes that E environments are in."""
+
+    ended: Tensor  # (E,), whether it did at this step; in rollouts only those that were seen from their start
+    total: Tensor  # (E,), rewards so far
+    length: Tensor  # (E,), steps so far
+    success_once: Tensor  # (E,), whether there was a success so far
+    success_at_end: Tensor  # (E,), whether there is one now
+
+
+class ManiSkill:
+    """E environments, which `scenes` share: one on a GPU, E on a CPU, whose PhysX has one in a scene."""
+
+    def __init__(self, args: Args, scenes: list[Any], time_limit: int, evaluation: bool):
+        self.args = args
+        self.scenes = scenes
+        self.sizes = [scene.num_envs for scene in scenes]
+        self.time_limit = time_limit
+        self.evaluation = evaluation
+
+    def start(self, iteration: int) -> None:
+        """Start all episodes, from seeds that differ between environments, processes and iterations."""
+        numbers = [self.args.seed, iteration, int(self.evaluation), RANK]
+        self.reset(np.random.SeedSequence(numbers).generate_state(sum(self.sizes)).tolist())
+        if not self.evaluation:
+            self.spread_clocks(iteration)
+
+    def reset(self, seeds: list[int]) -> None:
+        """Start all episodes, each from a seed."""
+        observations = []
+        first = 0
+        for scene in self.scenes:
+            observation, _ = scene.reset(seed=seeds[first : first + scene.num_envs])
+            observations.append(observation)
+            first += scene.num_envs
+        self.observation = torch.cat(observations)  # (E, O), to act on next
+        self.begun = torch.ones_like(self.observation[:, 0], dtype=torch.bool)  # (E,), seen from its start
+        self.episodes: list[Episode] = []  # of the steps since the last reset or episode_metrics
+
+    def spread_clocks(self, iteration: int) -> None:
+        """Set clocks anywhere in an episode, so that time-outs do not coincide."""
+        rng = np.random.default_rng([self.args.seed, RANK, iteration])
+        for scene in self.scenes:
+            clocks = rng.integers(self.time_limit, size=scene.num_envs)
+            scene.base_env.elapsed_steps.copy_(torch.tensor(clocks))
+        self.begun.fill_(False)
+
+    def step(self, action: Tensor) -> Outcome:
+        """Step, end and restart episodes; actions (E, A)."""
+        parts = action.split(self.sizes)
+        observations = []
+        outcomes = []
+        episodes = []
+        for scene, part in zip(self.scenes, parts, strict=True):
+            observation, outcome, episode = step_scene(scene, part)
+            observations.append(observation)
+            outcomes.append(outcome)
+            episodes.append(episode)
+        self.observation = torch.cat(observations)
+        episode = merge(episodes, torch.cat)
+        self.episodes.append(episode._replace(ended=episode.ended & self.begun))
+        self.begun = self.begun | episode.ended
+        return merge(outcomes, torch.cat)
+
+    def episode_metrics(self) -> Metrics:
+        """Of the episodes of all processes that ended since the last call; without any there are no means."""
+        episodes = merge(self.episodes, torch.stack)  # (T, E)
+        self.episodes = []
+        ended = everywhere(episodes.ended)
+        count = ended.sum()
+        metrics = {"charts/episodes": count}
+        if count:
+            metrics["charts/episodic_return"] = (everywhere(episodes.total) * ended).sum() / count
+            metrics["charts/episodic_length"] = (everywhere(episodes.length) * ended).sum() / count
+            metrics["charts/success_once"] = (everywhere(episodes.success_once) * ended).sum() / count
+        return metrics
+
+    def play(self, policy: Callable, iteration: int, folder: pathlib.Path) -> Metrics:
+        """Metrics of an episode of full length, successful or not, in each environment; films the first."""
+        film = self.args.capture_video and RANK == 0
+        frames = []
+        self.start(iteration)
+        for _ in range(self.time_limit):
+            action = policy(self.observation)
+            if film:
+                frames.append(self.scenes[0].render()[0].cpu().numpy())
+            self.step(action)
+        if film:
+            write = import_module("mani_skill.utils.visualization").images_to_video
+            fps = self.scenes[0].base_env.control_freq
+            name = f"step_{iteration * self.args.batch_size}"
+            write(frames, str(folder / "videos"), name, fps=fps, verbose=False)
+        last = self.episodes[-1]
+        total = everywhere(last.total).float()
+        return {
+            "eval/episodic_return": total.mean(),
+            "eval/episodic_return_std": total.std(correction=0),
+            "eval/episodic_length": everywhere(last.length).float().mean(),
+            "eval/success_once": everywhere(last.success_once).float().mean(),
+            "eval/success_at_end": everywhere(last.success_at_end).float().mean(),
+        }
+
+
+def step_scene(scene: Any, action: Tensor) -> tuple[Tensor, Outcome, Episode]:
+    """Step a scene's environments; what they observe next, where an episode ended in a new one, comes first.
+
+    A success ends an episode but is no termination: the rewards that it cuts off would be missed, so it
+    bootstraps like a time-out. A failure is one.
+    """
+    observation, reward, decided, late, info = scene.step(action)  # decided: a success or a failure
+    found = info.get("final_info", info)
+    failed = decided & found.get("fail", torch.zeros_like(decided))
+    success = decided & ~failed
+    outcome = Outcome(
+        reward=reward.float(),
+        terminated=failed,
+        truncated=(success | late) & ~failed,
+        next_observation=info.get("final_observation", observation),
+    )
+    facts = {"success_once": success, "success_at_end": success}  # some tasks do not report them
+    facts |= found["episode"]
+    size = len(action)  # some facts are one for all
+    episode = Episode(
+        ended=decided | late,
+        total=facts["return"].expand(size),
+        length=facts["episode_len"].expand(size),
+        success_once=facts["success_once"].expand(size),
+        success_at_end=facts["success_at_end"].expand(size),
+    )
+    return observation, outcome, episode
+
+
+def merge(parts: list[Any], function: Callable) -> Any:
+    """NamedTuples of one kind as one: `function`, such as torch.cat, of each field's tensors."""
+    fields = {}
+    for name in parts[0]._fields:
+        fields[name] = function([getattr(part, name) for part in parts])
+    return type(parts[0])(**fields)
+
+
+def make_scenes(args: Args, device: torch.device, num_envs: int, evaluation: bool) -> list[Any]:
+    """Make environments; those for evaluation go on after a success. Exits with code 2 if it cannot."""
+    gym = import_module("gymnasium")
+    import_module("mani_skill").logger.setLevel("ERROR")
+    video = evaluation and args.capture_video and RANK == 0
+    options = dict(
+        obs_mode="state",
+        control_mode="pd_joint_delta_pos",
+        reward_mode=args.reward_mode,
+        sim_backend=str(device),
+    )
+    drawn = dict(render_mode="rgb_array", render_backend=str(device))
+    undrawn = dict(render_mode=None, render_backend="none")
+    try:
+        import_module("mani_skill.envs")
+        leave_table_unpainted()
+        envs = []
+        for size in scene_sizes(device, num_envs, video):
+            rendering = drawn if video and not envs else undrawn
+            envs.append(gym.make(args.env_id, num_envs=size, **options, **rendering))
+        envs[0].reset()
+        envs[0].step(envs[0].action_space.sample())  # where some find that they lack a reward
+    except Exception as error:  # whatever a task, which may be the user's own, or a simulator raises
+        refuse_task(args, error)
+    if isinstance(envs[0].unwrapped.single_action_space, gym.spaces.Dict):  # of several robots
+        flatten_actions = import_module("mani_skill.utils.wrappers").FlattenActionSpaceWrapper
+        envs = [flatten_actions(env) for env in envs]
+    vector = import_module("mani_skill.vector.wrappers.gymnasium").ManiSkillVectorEnv
+    return [vector(env, ignore_terminations=evaluation, record_metrics=True) for env in envs]
+
+
+def scene_sizes(device: torch.device, num_envs: int, video: bool) -> list[int]:
+    """How many environments each scene has; with a video the first, which is drawn, has one."""
+    if device.type == "cpu":
+        return [1] * num_envs
+    if video and num_envs > 1:
+        return [1, num_envs - 1]
+    return [num_envs]
+
+
+def leave_table_unpainted() -> None:
+    """Keep PushT from painting its table, for which it would need a renderer."""
+    push_t = import_module("mani_skill.envs.tasks.tabletop.push_t")
+    push_t.WhiteTableSceneBuilder.build = push_t.TableSceneBuilder.build
+
+
+def refuse_task(args: Args, error: Exception) -> None:
+    """Exit with code 2 on a task that cannot be made, and say why."""
+    reason = f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {str(error)[:300]})"
+    if isinstance(error, (import_module("gymnasium").error.Error, ImportError)):
+        fail(f"{reason}; the module in module:id must register the id")
+    if isinstance(error, NotImplementedError):
+        fail(f"{reason}; it may lack this --reward-mode, {args.reward_mode}, and have another")
+    if any(word in str(error).lower() for word in ("vulkan", "vk::", "rendering device")):
+        fail(
+            f"{reason}; ManiSkill needs Vulkan even if nothing is drawn: install NVIDIA's driver with its "
+            "Vulkan part, or libvulkan1 and mesa-vulkan-drivers 25 or newer; vulkaninfo tells if it is found"
+        )
+    fail(reason)
+
+
+def make_setup(args: Args, device: torch.device) -> Setup:
+    """This process's environments; there are none for training where a run is only evaluated."""
+    scenes = [] if args.evaluate else make_scenes(args, device, args.num_envs // WORLD, evaluation=False)
+    eval_scenes = make_scenes(args, device, args.num_eval_envs // WORLD, evaluation=True)
+    find_time_limit = import_module("mani_skill.utils.gym_utils").find_max_episode_steps_value
+    time_limit = find_time_limit(eval_scenes[0])
+    if not time_limit:
+        fail(f"--env-id {args.env_id} has no time limit; register it with max_episode_steps")
+    observation_size = eval_scenes[0].single_observation_space.shape[0]
+    return Setup(
+        args=args,
+        device=device,
+        env=ManiSkill(args, scenes, time_limit, evaluation=False),
+        eval_env=ManiSkill(args, eval_scenes, time_limit, evaluation=True),
+        observation_size=observation_size,
+        actor_sees=observation_size,
+        critic_sees=observation_size,
+        action_size=eval_scenes[0].single_action_space.shape[0],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- observations
+class Statistics(NamedTuple):
+    """Running mean and variance of every entry of an observation."""
+
+    count: int
+    mean: Tensor  # (O,)
+    variance: Tensor  # (O,)
+
+
+def init_statistics(setup: Setup) -> Statistics:
+    """Of no observation yet."""
+    zeros = torch.zeros(setup.observation_size, device=setup.device)
+    return Statistics(0, zeros, zeros.clone())
+
+
+def update_statistics(statistics: Statistics, observation: Tensor) -> Statistics:
+    """Merge observations (T, E, O) of all processes: Welford's update for batches (Chan et al., 1979)."""
+    x = everywhere(observation.flatten(0, 1))
+    count = statistics.count + len(x)
+    weight = len(x) / count
+    delta = x.mean(0) - statistics.mean
+    variance = (1 - weight) * (statistics.variance + weight * delta**2) + weight * x.var(0, correction=0)
+    return Statistics(count, statistics.mean + weight * delta, variance)
+
+
+def normalize(statistics: Statistics, observation: Tensor) -> Tensor:
+    """Standardise an observation, clipped at 10; the 1e-2 keeps entries that hardly vary from blowing up."""
+    centered = observation - statistics.mean
+    return (centered / torch.sqrt(statistics.variance + 1e-2)).clamp(-10, 10)
+
+
+# -------------------------------------------------------------------------------------------------- networks
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as flax makes it: normal weights of variance 1 / inputs, cut at two deviations."""
+    layer = nn.Linear(inputs, outputs)
+    std = inputs**-0.5 / 0.87962566  # of the normal that has variance 1 / inputs once it is cut
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Actor(nn.Module):
+    """The mean and the standard deviation of a Gaussian.
+
+    What a replacement must keep: `action_size`, and an output layer that starts at zero, since `iterate`
+    normalises the first rollout with statistics that the actor had not when it acted.
+    """
+
+    def __init__(self, args: Args, observation_size: int, action_size: int):
+        super().__init__()
+        self.observation_size = observation_size
+        self.action_size = action_size
+        width = args.hidden_dim
+        layers = []
+        for size in (observation_size, width, width):
+            layers += [linear(size, width), nn.ELU()]
+        self.hidden = nn.Sequential(*layers)
+        self.output = linear(width, 2 * action_size)
+        nn.init.zeros_(self.output.weight)  # untrained, it is a standard normal
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, both (B, A), at observations (B, O)."""
+        own = observation[..., : self.observation_size]  # the actor sees the first columns
+        mean, log_std = self.output(self.hidden(own)).chunk(2, -1)
+        return mean, log_std.exp()
+
+
+class Critic(nn.Module):
+    """The value V(s)."""
+
+    def __init__(self, args: Args, observation_size: int):
+        super().__init__()
+        self.observation_size = observation_size
+        width = args.hidden_dim
+        layers = []
+        for size in (observation_size, width, width):
+            layers += [linear(size, width), nn.ELU()]
+        self.hidden = nn.Sequential(*layers)
+        self.output = linear(width, 1)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Values (B,)."""
+        own = observation[..., -self.observation_size :]  # the critic sees the last columns
+        return self.output(self.hidden(own))[..., 0]
+
+
+# ------------------------------------------------------------------------------------------- Gaussian policy
+class Sample(NamedTuple):
+    """A sample of the policy at B states, and the Gaussians that it is of."""
+
+    action: Tensor  # (B, A), not clipped
+    mean: Tensor  # (B, A)
+    std: Tensor  # (B, A)
+
+
+def log_density(action: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Of diagonal Gaussians, everything (B, A), at actions: (B,)."""
+    return -(0.5 * ((action - mean) / std) ** 2 + torch.log(std * math.sqrt(2 * math.pi))).sum(-1)
+
+
+def gaussian_kl(mean: Tensor, std: Tensor, new_mean: Tensor, new_std: Tensor) -> Tensor:
+    """KL (B,) of Gaussians from new ones, of these means and standard deviations (B, A)."""
+    ratio = (std / new_std) ** 2
+    return 0.5 * (ratio - 1 - torch.log(ratio) + ((mean - new_mean) / new_std) ** 2).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------ advantages
+def advantages(
+    args: Args, reward: Tensor, terminated: Tensor, truncated: Tensor, value: Tensor, next_value: Tensor
+) -> Tensor:
+    """GAE, everything (T, E); `value` is V at the observations, `next_value` V at the true next ones."""
+    found = torch.empty_like(reward)
+    later = torch.zeros_like(reward[-1])
+    for t in reversed(range(len(reward))):
+        # Chosen, not multiplied by 0: what follows a termination may be NaN.
+        future = torch.where(terminated[t], 0.0, next_value[t])
+        error = reward[t] + args.gamma * future - value[t]
+        later = torch.where(terminated[t] | truncated[t], 0.0, later)
+        later = error + args.gamma * args.gae_lambda * later  # Eq. 16 of GAE's paper
+        found[t] = later
+    return found
+
+
+def standardize(advantage: Tensor) -> Tensor:
+    """Advantages with mean 0 and standard deviation 1 over a rollout of all processes."""
+    x = everywhere(advantage.flatten())
+    return (advantage - x.mean()) / (x.std(correction=0) + 1e-8)
+
+
+# ---------------------------------------------------------------------------------------- losses and updates
+UPDATE_METRICS = "losses/critic losses/actor entropy/gaussian trust_region/kl trust_region/outside".split()
+
+
+class Learner(NamedTuple):
+    """All that learns, which updates change in place. The learning rate is in both of the optimizers."""
+
+    actor: Actor
+    critic: Critic
+    actor_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+
+
+class Batch(NamedTuple):
+    """B states of a rollout."""
+
+    observation: Tensor  # (B, O), normalised
+    action: Tensor  # (B, A), not clipped
+    mean: Tensor  # (B, A), of the policy that acted
+    std: Tensor  # (B, A), of the policy that acted
+    advantage: Tensor  # (B,), standardised
+    target: Tensor  # (B,), lambda-returns
+
+
+def init_learner(setup: Setup) -> Learner:
+    """Networks and Adam from the seed, the same in every process."""
+    args = setup.args
+    torch.manual_seed(args.seed)
+    actor = Actor(args, setup.actor_sees, setup.action_size).to(setup.device)
+    critic = Critic(args, setup.critic_sees).to(setup.device)
+    learning_rate = torch.full((), args.learning_rate, device=setup.device)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)  # capturable by CUDA graphs
+    return Learner(
+        actor=actor,
+        critic=critic,
+        actor_optimizer=adam(actor.parameters(), learning_rate.clone()),
+        critic_optimizer=adam(critic.parameters(), learning_rate.clone()),
+    )
+
+
+def learning_rates(learner: Learner) -> list[Tensor]:
+    """The optimizers' own tensors of the learning rate, to be changed in place: CUDA graphs read them."""
+    optimizers = (learner.actor_optimizer, learner.critic_optimizer)
+    return [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+
+
+def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
+    """The squared error of the critic's values."""
+    return F.mse_loss(critic(batch.observation), batch.target)
+
+
+def actor_loss(actor: Actor, args: Args, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The clipped loss, and ratio, entropy and KL from the old policy of every state (B,)."""
+    mean, std = actor(batch.observation)
+    old_log_density = log_density(batch.action, batch.mean, batch.std)
+    ratio = torch.exp(log_density(batch.action, mean, std) - old_log_density)
+    clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+    gain = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)  # Eq. 7 of PPO's paper
+    entropy = torch.log(std * math.sqrt(2 * math.pi * math.e)).sum(-1)
+    kl = gaussian_kl(batch.mean, batch.std, mean, std)
+    loss = -(gain + args.entropy_scale * entropy).mean()
+    return loss, (ratio.detach(), entropy.detach(), kl.detach())
+
+
+def adapt(learning_rate: Tensor, args: Args, kl: Tensor) -> Tensor:
+    """The next learning rate: RSL-RL's rule, which keeps a step's KL near the desired one."""
+    growth = torch.where(kl < args.desired_kl / 2, 1.5, 1.0)
+    factor = torch.where(kl > 2 * args.desired_kl, 1 / 1.5, growth)
+    return (learning_rate * factor).clamp(*LEARNING_RATES)
+
+
+def add_up(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The sums of all processes' gradients, which travel together: calls cost more than numbers."""
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float = math.inf) -> None:
+    """One step down a loss's gradient, averaged over the processes and clipped by its global norm."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss / WORLD, parameters)
+    if WORLD > 1:
+        gradients = add_up(gradients)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.contiguous()
+    nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+
+
+def update_minibatch(args: Args, learner: Learner, batch: Batch) -> Tensor:
+    """One gradient step each of actor and critic; returns the numbers of UPDATE_METRICS."""
+    loss, (ratio, entropy, kl) = actor_loss(learner.actor, args, batch)
+    mean_kl = everywhere(kl).mean()  # the same in all processes, and so the learning rate
+    for learning_rate in learning_rates(learner):
+        learning_rate.copy_(adapt(learning_rate, args, mean_kl))
+    descend(learner.actor_optimizer, loss, args.max_grad_norm)
+
+    # Only now, as torch.compile would join the graphs of two losses, and each is freed as it is descended.
+    value = critic_loss(learner.critic, args, batch)
+    descend(learner.critic_optimizer, value, args.max_grad_norm)
+
+    outside = ((ratio - 1).abs() > args.epsilon).float()
+    return torch.stack([value.detach(), loss.detach(), entropy.mean(), mean_kl, outside.mean()])
+
+
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The states of a batch that have these numbers."""
+    return Batch(*[x[rows] for x in batch])
+
+
+class Programs(NamedTuple):
+    """The two functions that take the time, bound to a learner and, with --compile, compiled."""
+
+    sample_policy: Callable  # of normalised observations (B, O)
+    update_minibatch: Callable  # of a Batch
+
+
+@torch.enable_grad()
+def update_epochs(setup: Setup, programs: Programs, data: Batch) -> Metrics:
+    """All epochs of shuffled minibatches of a rollout (E * T, ...); metrics are means over the last epoch."""
+    args = setup.args
+    size = len(data.action)
+    order = torch.cat([torch.randperm(size, device=setup.device) for _ in range(args.num_epochs)])
+    minibatches = order.split(args.minibatch_size // WORLD)
+    found = [programs.update_minibatch(take_rows(data, rows)) for rows in minibatches]
+    minibatches_per_epoch = len(minibatches) // args.num_epochs
+    means = torch.stack(found[-minibatches_per_epoch:]).mean(0)
+    return dict(zip(UPDATE_METRICS, means, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- iteration
+class Transition(NamedTuple):
+    """A rollout."""
+
+    observation: Tensor  # (T, E, O), raw
+    action: Tensor  # (T, E, A), not clipped
+    mean: Tensor  # (T, E, A), of the policy that acted
+    std: Tensor  # (T, E, A), of the policy that acted
+    reward: Tensor  # (T, E)
+    terminated: Tensor  # (T, E)
+    truncated: Tensor  # (T, E)
+    next_observation: Tensor  # (T, E, O), raw; the true one, also where an episode ended
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds; simulators cannot be saved."""
+
+    learner: Learner
+    statistics: Statistics
+    iteration: int
+
+
+def empty_rollout(setup: Setup) -> Transition:
+    """Storage of a rollout."""
+    size = (setup.args.num_steps, *setup.env.observation.shape)
+    steps = size[:2]
+    empty = functools.partial(torch.empty, device=setup.device)
+    return Transition(
+        observation=empty(size),
+        action=empty(*steps, setup.action_size),
+        mean=empty(*steps, setup.action_size),
+        std=empty(*steps, setup.action_size),
+        reward=empty(steps),
+        terminated=empty(steps, dtype=torch.bool),
+        truncated=empty(steps, dtype=torch.bool),
+        next_observation=empty(size),
+    )
+
+
+def sample_policy(args: Args, actor: Actor, observation: Tensor) -> Sample:
+    """Samples of the actor at normalised observations (B, O)."""
+    mean, std = actor(observation)
+    return Sample(mean + std * torch.randn_like(mean), mean, std)
+
+
+def rollout(setup: Setup, programs: Programs, statistics: Statistics) -> Transition:
+    """Act for T steps with samples of the policy, keeping their Gaussians."""
+    data = empty_rollout(setup)
+    for t in range(setup.args.num_steps):
+        observation = setup.env.observation
+        sample = programs.sample_policy(normalize(statistics, observation))
+        data.observation[t] = observation
+        data.action[t] = sample.action
+        data.mean[t] = sample.mean
+        data.std[t] = sample.std
+
+        outcome = setup.env.step(sample.action.clamp(-ACTION_LIMIT, ACTION_LIMIT))
+        data.reward[t] = outcome.reward
+        data.terminated[t] = outcome.terminated
+        data.truncated[t] = outcome.truncated
+        data.next_observation[t] = outcome.next_observation
+    return data
+
+
+def flatten_rollout(x: Tensor) -> Tensor:
+    """(T, E, ...) as (E * T, ...)."""
+    return x.swapaxes(0, 1).flatten(0, 1)
+
+
+def update(
+    setup: Setup,
+    programs: Programs,
+    learner: Learner,
+    data: Transition,
+    observation: Tensor,
+    next_observation: Tensor,
+) -> Metrics:
+    """Learn from a rollout, whose observations and true next ones (T, E, O) are given normalised."""
+    args = setup.args
+    value = torch.stack([learner.critic(x) for x in observation])
+    next_value = torch.stack([learner.critic(x) for x in next_observation])
+    advantage = advantages(args, data.reward, data.terminated, data.truncated, value, next_value)
+    target = advantage + value
+    batch = Batch(
+        observation=flatten_rollout(observation),
+        action=flatten_rollout(data.action),
+        mean=flatten_rollout(data.mean),
+        std=flatten_rollout(data.std),
+        advantage=flatten_rollout(standardize(advantage)),
+        target=flatten_rollout(target),
+    )
+
+    # KL of the whole iteration, on as many states as a minibatch has.
+    order = torch.randperm(len(batch.action), device=setup.device)
+    some = take_rows(batch, order[: args.minibatch_size // WORLD])
+    metrics = update_epochs(setup, programs, batch)
+    stored_kl = gaussian_kl(some.mean, some.std, *learner.actor(some.observation))
+    return metrics | {
+        "trust_region/stored_kl": stored_kl.mean(),
+        "entropy/std": data.std.mean(),
+        "critic/target": target.mean(),
+        "charts/learning_rate": learning_rates(learner)[0].clone(),
+    }
+
+
+def seed_noise(args: Args, *numbers: int) -> None:
+    """Seed PyTorch's noise from the run's seed, this process and more, such as the iteration.
+
+    So evaluations do not disturb it, and a run that is continued needs no other state.
+    """
+    sequence = np.random.SeedSequence([args.seed, RANK, *numbers])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+@torch.no_grad()
+def iterate(setup: Setup, programs: Programs, state: TrainState) -> tuple[TrainState, Metrics]:
+    """One iteration: rollout, targets, epochs of updates, observation statistics."""
+    seed_noise(setup.args, state.iteration)
+    learner = state.learner
+    data = rollout(setup, programs, state.statistics)
+
+    # The untrained actor ignores what it observes, its output layer being 0, so the first rollout may seed
+    # the statistics that it is learned from with. Later ones take effect in the next rollout: stored means
+    # belong to the present ones (E13).
+    merged = update_statistics(state.statistics, data.observation)
+    statistics = merged if state.iteration == 0 else state.statistics
+
+    observation = normalize(statistics, data.observation)
+    next_observation = normalize(statistics, data.next_observation)
+    metrics = update(setup, programs, learner, data, observation, next_observation)
+    metrics |= setup.env.episode_metrics()
+    return TrainState(learner, merged, state.iteration + 1), metrics
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+def evaluation_action(setup: Setup, learner: Learner, observation: Tensor) -> Tensor:
+    """Actions (B, A) as --eval-mode says, at normalised observations (B, O)."""
+    sample = sample_policy(setup.args, learner.actor, observation)
+    return sample.mean if setup.args.eval_mode == "mode" else sample.action
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, state: TrainState, folder: pathlib.Path) -> Metrics:
+    """Metrics of an episode of each environment for it; --capture-video films one into the run's folder."""
+    seed_noise(setup.args, state.iteration, 1)
+
+    def policy(observation: Tensor) -> Tensor:
+        action = evaluation_action(setup, state.learner, normalize(state.statistics, observation))
+        return action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+    return setup.eval_env.play(policy, state.iteration, folder)
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+SAVED = "actor critic actor_optimizer critic_optimizer".split()  # of a Learner
+
+
+def checkpoints(run: str | pathlib.Path) -> list[pathlib.Path]:
+    """A run's checkpoints, the newest last."""
+    return sorted(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
+
+
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    names = [path.stem for path in (run / "checkpoints").glob("*.pt")]
+    steps = [int(name) for name in names if name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
+
+
+def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: float) -> None:
+    """Write the training state and the seconds it took; keep the last three."""
+    content = {name: getattr(state.learner, name).state_dict() for name in SAVED}
+    content |= state.statistics._asdict()
+    content |= {"iteration": state.iteration, "wall_time": wall_time}
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "unfinished"
+    try:
+        torch.save(content, unfinished)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        end_unwritten(run, error)
+    unfinished.replace(folder / f"{step}.pt")  # so that a file of this name is complete
+    for path in checkpoints(run)[:-3]:
+        path.unlink()
+
+
+def read_checkpoint(run: str) -> dict[str, Any]:
+    """What a run's newest checkpoint was given; exits with code 2 if it cannot be read."""
+    try:
+        newest = checkpoints(run)[-1]
+        return torch.load(newest, map_location="cpu", weights_only=True)  # nothing in it is executed
+    except Exception as error:  # whatever a missing, damaged or foreign file makes of the reader
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        fail(f"no readable checkpoint in {run}, which should be a run's folder ({reason})")
+
+
+def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
+    """A training state with a checkpoint's content; exits with code 2 if it is not of this run."""
+    try:
+        for name in SAVED:
+            getattr(state.learner, name).load_state_dict(saved[name])
+        mean = state.statistics.mean.copy_(saved["mean"])
+        variance = state.statistics.variance.copy_(saved["variance"])
+        for optimizer in (state.learner.actor_optimizer, state.learner.critic_optimizer):
+            group = optimizer.param_groups[0]
+            group["lr"] = group["lr"].to(mean.device)  # which load_state_dict leaves where it was read to
+        return TrainState(state.learner, Statistics(saved["count"], mean, variance), saved["iteration"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        fail(f"the checkpoint is not of this run: {str(error)[:300]}")
+
+
+# ------------------------------------------------------------------------------------------------ run folder
+def provenance() -> dict[str, Any]:
+    """What else decides a run's numbers: command, commit, device and versions."""
+    folder = str(pathlib.Path(__file__).resolve().parent)
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "script": SCRIPT,
+        "command": sys.argv,
+        "git_commit": commit,  # empty outside a clone
+        "device": f"{WORLD} x {device}, {os.cpu_count()} cores",
+        "python": sys.version,
+        "versions": {package.name: package.version for package in metadata.distributions()},
+    }
+
+
+def open_run(folder: pathlib.Path, args: Args) -> None:
+    """Write the run's args.json; start Weights & Biases, which copies what TensorBoard gets."""
+    path = folder / "args.json"
+    earlier = []  # what it said each time that the run was started before
+    if path.exists():
+        last = json.loads(path.read_text())
+        earlier = [*last.pop("earlier_starts", []), last]
+    about = {"args": vars(args), **provenance(), "earlier_starts": earlier}
+    unfinished = folder / "args.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        end_unwritten(folder, error)
+    unfinished.replace(path)
+    if args.track:
+        import_module("wandb").init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            config=vars(args),
+            name=folder.name,
+            dir=str(folder),
+            sync_tensorboard=True,
+        )
+
+
+def append(path: pathlib.Path, line: str) -> None:
+    """Add a line to a run's file, whole or not at all."""
+    size = path.stat().st_size
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        os.truncate(path, size)
+        end_unwritten(path.parent, error)
+
+
+def open_log(folder: pathlib.Path, step: int) -> Callable:
+    """Open metrics.jsonl and TensorBoard in a folder, to go on after this step; returns their logger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
+    path.touch()
+    # A killed run may have logged beyond its checkpoint, the last line by half: those steps come again.
+    kept = b""
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            kept += line
+    os.truncate(path, len(kept))
+    writer = tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
+
+    def end_with_thread(failure: Any) -> None:
+        if isinstance(failure.exc_value, OSError):
+            end_unwritten(folder, failure.exc_value)
+        threading.__excepthook__(failure)
+
+    threading.excepthook = end_with_thread  # else who waits for a writer that could not write waits for ever
+
+    def log(step: int, wall_time: float, metrics: dict[str, float]) -> None:
+        row = {"step": step, "wall_time": round(wall_time, 3), **metrics}
+        append(path, json.dumps(row) + "\n")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
+def make_folder(args: Args) -> int:
+    """Make the folder of a new run, which no other run has; returns the second in its name."""
+    second = int(time.time())
+    while True:
+        try:
+            name_folder(args, second).mkdir(parents=True)
+            return second
+        except FileExistsError:
+            second += 1
+
+
+def run_folder(args: Args) -> pathlib.Path:
+    """The folder of a new run, which is made, or of the one that is continued; the same in all processes."""
+    if args.resume:
+        return pathlib.Path(args.resume)
+    second = make_folder(args) if RANK == 0 else 0
+    return name_folder(args, largest(second))
+
+
+def open_logs(args: Args, folder: pathlib.Path, done: int) -> Callable:
+    """Open the run and its log, to go on after so many iterations; the first process writes them."""
+    if RANK > 0:
+        return lambda *_: None
+    open_run(folder, args)
+    return open_log(folder, done * args.batch_size)
+
+
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that gives these values, by which they are checked as a user's are."""
+    words = []
+    for field in dataclasses.fields(Args):
+        value = values.pop(field.name, field.default)
+        if field.name in COMPUTED:
+            continue
+        if field.type is bool and isinstance(value, bool):
+            words.append(flag(field.name) if value else flag(f"no_{field.name}"))
+            continue
+        repeated = isinstance(field.default, tuple) and isinstance(value, list)
+        for one in value if repeated else [value]:
+            words.append(f"{flag(field.name)}={one}")
+    if values:
+        raise ValueError(f"there is no argument {', '.join(values)}")
+    return words
+
+
+def read_args(run: str) -> Args:
+    """The arguments that a run was started with; exits with code 2 if it is not a run of this script."""
+    try:
+        saved = json.loads(pathlib.Path(run, "args.json").read_text())
+        if saved["script"] != SCRIPT:
+            raise ValueError(f"it is of {saved['script']}.py")
+        words = command_line(dict(saved["args"], resume=None, evaluate=None))
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(Args, args=words)
+    except SystemExit:
+        fail(f"{run}/args.json holds a value that its flag cannot have")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
+
+
+def parse() -> Args:
+    """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
+    given = tyro.cli(Args)
+    run = given.resume or given.evaluate
+    if not run:
+        args = resolve(given)
+        check_args(args)
+        return args
+    own = read_args(run)
+    # What makes code run is the user's to say, not the folder's, which may be a stranger's.
+    if ":" in own.env_id and given.env_id != own.env_id:
+        fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
+    own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
+    args = resolve(tyro.cli(Args, default=own))
+    for name, value in vars(own).items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
+    check_args(args)
+    return args
+
+
+# ----------------------------------------------------------------------------------------- several processes
+def open_device(args: Args) -> torch.device:
+    """This process's device, set up."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # JAX's default on GPUs that have it
+    # Small networks and, without a GPU, a simulator that runs on one thread: more threads would only wait.
+    torch.set_num_threads(1)
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_processes(device: torch.device) -> None:
+    """Connect the processes that torchrun started; only the first of them prints."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave_processes() -> None:
+    """Wait for the other processes: torchrun ends all with the first, and one may still be saving."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def everywhere(x: Tensor) -> Tensor:
+    """A tensor of every process, one after the other along the first axis."""
+    if WORLD == 1:
+        return x
+    return torch.cat(import_module("torch.distributed.nn").all_gather(x.contiguous()))
+
+
+def gather(value: Any) -> list[Any]:
+    """A Python object of every process."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes have."""
+    return max(gather(number))
+
+
+def averages(metrics: Metrics) -> dict[str, float]:
+    """Means over the processes, of each metric over those that have it."""
+    values = torch.stack([value.float() for value in metrics.values()]).tolist()  # one read from the device
+    found: dict[str, list[float]] = {}
+    for row in gather(dict(zip(metrics, values, strict=True))):
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+# -------------------------------------------------------------------------------------------------- training
+def compile_programs(setup: Setup, learner: Learner) -> Programs:
+    """What changes this learner and acts with it; with --compile compiled and on a GPU made CUDA graphs."""
+    args = setup.args
+    gpu = setup.device.type == "cuda"
+    sample = functools.partial(sample_policy, args, learner.actor)
+    learn = functools.partial(update_minibatch, args, learner)
+    if args.compile or (args.compile is None and gpu):
+        sample = torch.compile(sample)
+        learn = torch.compile(learn)
+        if gpu and WORLD == 1:  # over several processes the gradients' average is no part of a graph
+            graph = import_module("tensordict.nn").CudaGraphModule
+            sample = graph(sample, warmup=CALLS_BEFORE_GRAPH)
+            learn = graph(learn, warmup=CALLS_BEFORE_GRAPH)
+    return Programs(sample, learn)
+
+
+def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Programs]:
+    """The training state, new or a checkpoint's, and what is done with it."""
+    learner = init_learner(setup)
+    state = TrainState(learner, init_statistics(setup), 0)
+    if saved:
+        state = fill_state(state, saved)
+    return state, compile_programs(setup, learner)
+
+
+def changing_tensors(learner: Learner) -> list[Tensor]:
+    """What updates change: parameters, learning rates, then Adam's moments, of which a new one has none."""
+    found = [*learner.actor.parameters(), *learner.critic.parameters(), *learning_rates(learner)]
+    for optimizer in (learner.actor_optimizer, learner.critic_optimizer):
+        for moments in optimizer.state.values():
+            found += moments.values()
+    return found
+
+
+@torch.no_grad()
+def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
+    """Compile the programs and capture their CUDA graphs on zeros; the learner is left as it was."""
+    args = setup.args
+    began = time.perf_counter()
+    kept = [x.clone() for x in changing_tensors(learner)]
+    size = args.minibatch_size // WORLD
+    zeros = functools.partial(torch.zeros, device=setup.device)
+    batch = Batch(
+        observation=zeros(size, setup.observation_size),
+        action=zeros(size, setup.action_size),
+        mean=zeros(size, setup.action_size),
+        std=torch.ones(size, setup.action_size, device=setup.device),
+        advantage=zeros(size),
+        target=zeros(size),
+    )
+    for _ in range(CALLS_BEFORE_GRAPH + 2):
+        programs.sample_policy(torch.zeros_like(setup.env.observation))
+        with torch.enable_grad():  # as in update_epochs
+            programs.update_minibatch(batch)
+    # In place, as graphs remember where tensors lie.
+    changed = changing_tensors(learner)
+    for x in changed:
+        x.zero_()
+    for x, value in zip(changed, kept, strict=False):  # a new Adam's moments are not kept: they are zeros
+        x.copy_(value)
+    print(f"warmed up in {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def not_finite(metrics: dict[str, float]) -> list[str]:
+    """Names of the metrics that are not finite, any of which ends a run."""
+    return [name for name, value in metrics.items() if not math.isfinite(value)]
+
+
+def catch_signals() -> list[int]:
+    """The signals received, filled later: the first ends the run after its iteration, a later one kills."""
+    received: list[int] = []
+    times: list[float] = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 3:  # sooner it may be the same one, passed on by a launcher
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGTERM, receive)
+    return received
+
+
+def print_progress(args: Args, metrics: dict[str, float], done: int, wall_time: float) -> None:
+    """One line on stdout for an iteration."""
+    eta = wall_time / 60 / done * (args.num_iterations - done)
+    line = f"step {done * args.batch_size:,}  SPS {metrics['charts/SPS']:,.0f}  ETA {eta:.1f} min"
+    for name, value in metrics.items():
+        if name.startswith("eval/"):
+            line += f"  {name} {value:.2f}"
+    print(line, flush=True)
+
+
+def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, Any]) -> int:
+    """The training loop; returns the process's exit code."""
+    args = setup.args
+    warm_up(setup, programs, state.learner)
+    folder = run_folder(args)
+    log = open_logs(args, folder, state.iteration)
+    received = catch_signals()
+    stop = 0
+    bad: list[str] = []
+    started = time.perf_counter() - float(saved.get("wall_time", 0.0))
+    while state.iteration < args.num_iterations and not stop and not bad:
+        began = time.perf_counter()
+        state, metrics = iterate(setup, programs, state)
+        metrics = averages(metrics)
+        metrics["charts/SPS"] = args.batch_size / (time.perf_counter() - began)
+        done = state.iteration
+        step = done * args.batch_size
+        last = done == args.num_iterations
+        stop = largest(received[0] if received else 0)
+        bad = not_finite(metrics)
+        if not bad and not stop and (last or done % args.eval_interval == 0):
+            metrics |= averages(evaluate(setup, state, folder))
+            bad = not_finite(metrics)
+        wall_time = time.perf_counter() - started
+        log(step, wall_time, metrics)
+        print_progress(args, metrics, done, wall_time)
+
+        if bad and RANK == 0:
+            kept = folder / "diverged"
+            print(f"iteration {done}: {', '.join(bad)} not finite; the state is in {kept}", file=sys.stderr)
+            save_checkpoint(kept, state, step, wall_time)
+        if RANK == 0 and not bad and (last or stop or done % args.checkpoint_interval == 0):
+            save_checkpoint(folder, state, step, time.perf_counter() - started)
+    print(folder, flush=True)
+    if bad:
+        return 1
+    return 128 + stop if stop else 0
+
+
+def main() -> None:
+    """Parse, make the environments, then train, resume or evaluate."""
+    args = parse()
+    run = args.resume or args.evaluate
+    saved = read_checkpoint(run) if run else {}
+    device = open_device(args)
+    join_processes(device)
+    for name, value in vars(args).items():
+        print(f"{name}: {value}", flush=True)
+    setup = make_setup(args, device)
+    state, programs = prepare(setup, saved)
+    code = 0
+    if args.evaluate:
+        print(json.dumps(averages(evaluate(setup, state, pathlib.Path(args.evaluate)))))
+    else:
+        setup.env.start(state.iteration)
+        code = train(setup, programs, state, saved)
+    leave_processes()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
