@@ -87,8 +87,10 @@ def test_scripts_resolve_to_table_5(suite, number, monkeypatch):
         assert values["hidden_dim"] == resolved.hidden_dim
 
 
-# those that a suite's script has a baseline of; the other suites' are still to come
-BASELINES = {"trudi_mjx": tasks.ALGORITHMS[1:]} | dict.fromkeys(("trudi_maniskill", "trudi_isaaclab"), ("reppo", "dime", "ppo"))
+# those that a suite has a script of
+BASELINES = {
+    "trudi_mjx": tasks.ALGORITHMS[1:], "trudi_maniskill": ("reppo", "dime", "ppo"), "trudi_isaaclab": ("reppo", "dime", "ppo"),
+    "trudi_humanoidbench": ("reppo", "dime")}
 
 
 @pytest.mark.parametrize("script", BASELINES)
@@ -416,7 +418,7 @@ BAD = {
     "--tasks CheetahRu": "the nearest are CheetahRun",
     "--suite maniskill --tasks CheetahRun": "none of the tasks of --suite maniskill",
     "--suite maniskill --vmap-seeds 2": "--vmap-seeds is for trudi_mjx.py",
-    "--suite all --algorithm reppo": "--algorithm reppo has no script for HumanoidBench",
+    "--suite all --algorithm ppo": "--algorithm ppo has no script for HumanoidBench",
     "--suite isaaclab --algorithm fpo": "--algorithm fpo has no script for Isaac Lab",
     "--suite isaaclab --algorithm ppo --vmap-seeds 2": "--vmap-seeds is for trudi_mjx.py",
     "--ablation epsilon --tasks CheetahRun --algorithm reppo": "--ablation is of TruDi",

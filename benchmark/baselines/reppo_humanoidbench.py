@@ -110,6 +110,7 @@ PRELOAD = "flax.nnx optax orbax.checkpoint tensorboardX tyro".split()
 INSTALL = (
     "git clone https://github.com/carlosferrazza/humanoid-bench && "
     "pip install --no-deps -e ./humanoid-bench && "
+    "pip uninstall -y mujoco mujoco-core mujoco-studio && "  # 4.0's plugins would stay
     "pip install mujoco==3.1.6 dm_control==1.0.20 torch opencv-python-headless natsort"
 )
 
