@@ -122,7 +122,7 @@ def tasks_figure(outcomes: list[Outcome], colours: dict[str, str], cited: dict[s
 def draw_cited(axes: Axes, cited: list[tuple[str, float, float | None]], unit: float) -> None:
     """Numbers that are not ours: points where they took known hours, otherwise lines."""
     for number, (label, value, hours) in enumerate(cited):
-        style = dict(color=f"{0.2 + 0.25 * number}", label=f"{label} (cited)")
+        style = dict(color=f"{0.15 + 0.2 * number}", label=f"{label} (cited)")
         if hours is None:
             axes.axhline(value, **CITED | style)
         else:

@@ -25,7 +25,7 @@ from sweeps import SCRIPT, write_evaluation, write_run
 
 from benchmark import local, outcomes, run, sweep, tasks
 from benchmark.local import Machine
-from benchmark.runs import RETURN, find_runs, furthest
+from benchmark.runs import RETURN, find_runs, furthest, training_times
 from benchmark.sweep import Unit
 
 ROOT = pathlib.Path(run.__file__).parent.parent
@@ -355,8 +355,8 @@ def test_ablations_are_sweeps(fake):
     assert go(fake, planned) == 0
     assert {r.args["trust_region_bound"] for r in find_runs([fake / "runs"])} == {0.01, 50.0}
     everything = [run.plan(run.Options(ablation=name, seeds=1)) for name in run.ABLATIONS]
-    assert [len(x) for x in everything] == [6 * 9, 4 * 8, 4 * 5, 4 * 5]
-    assert {u.flags for u in everything[3]} == {("--num-diffusion-steps", n) for n in ("1", "4", "8", "16", "32")}
+    assert [len(x) for x in everything] == [6 * 9, 4 * 8, 4 * 5]
+    assert {u.flags for u in everything[2]} == {("--num-diffusion-steps", n) for n in ("1", "4", "8", "16", "32")}
 
 
 def test_evaluations_of_finished_runs(fake, monkeypatch, capsys):
@@ -376,15 +376,41 @@ def test_evaluations_of_finished_runs(fake, monkeypatch, capsys):
     assert kinds(fake, longer) == ["waiting"] * 3
 
 
-def test_wall_clock_stops_runs_when_their_hours_are_over(fake, monkeypatch):
-    monkeypatch.setenv("FAKE_PAUSE", "0.05")  # each iteration counts as a second of training
-    planned = units(fake, ablation="wall-clock", tasks=("CheetahRun",), seeds=1, values=("8",), hours=5 / 3600,
-                    flags="--preset cpu")
-    assert planned[0].flags[-2:] == ("--total-timesteps", "20000000")
+@pytest.mark.parametrize("algorithm", ["trudi", "reppo"])
+def test_runs_stop_when_their_hours_are_over(fake, monkeypatch, algorithm):
+    """An iteration is a second of training and, with evaluations, ten of the clock."""
+    (fake / "benchmark" / "baselines").mkdir(parents=True)
+    (fake / "benchmark" / "baselines" / "reppo_mjx.py").write_text(SCRIPT)
+    monkeypatch.setenv("FAKE_PAUSE", "0.05")
+    monkeypatch.setenv("FAKE_WALL", "10")
+    planned = units(fake, algorithm=algorithm, tasks=("CheetahRun",), seeds=1, hours=5 / 3600, flags="--preset cpu")
+    assert planned[0].flags[-2:] == ("--total-timesteps", "2000000000")
     assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"]
     found, = find_runs([fake / "runs"])
-    assert 50 <= found.last()["step"] == found.checkpoint < 20_000_000
-    assert found.args["exp_name"] == "trudi-wall-clock-0.00138889h-8"
+    assert 50 <= found.last()["step"] == found.checkpoint < 1000
+    assert found.args["exp_name"] == f"{algorithm}-wall-clock-0.00138889h"
+    longer = units(fake, algorithm=algorithm, tasks=("CheetahRun",), seeds=1, hours=1.0, flags="--preset cpu")
+    assert kinds(fake, longer) == ["waiting"]  # not these runs
+
+
+def test_ablations_and_evaluations_take_hours_too(fake):
+    chosen = dict(tasks=("CheetahRun",), seeds=1, hours=0.5, flags="--preset cpu")
+    unit, = units(fake, ablation="denoising", values=("4",), **chosen)
+    assert (unit.exp_name, unit.hours) == ("trudi-wall-clock-0.5h-denoising-4", 0.5)
+    unit, = units(fake, ablation="evaluation", values=("sde",), **chosen)
+    assert (unit.exp_name, unit.hours) == ("trudi-wall-clock-0.5h", 0.5) and "--total-timesteps" not in unit.flags
+
+
+def test_run_with_hours_and_steps_ends_at_the_first_of_them(fake):
+    planned = units(fake, tasks=("CheetahRun",), seeds=1, hours=1.0)
+    assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"]
+    assert find_runs([fake / "runs"])[0].last()["step"] == 50
+
+
+def test_progress_in_hours_is_of_training():
+    unit = Unit(tasks.tasks_of(["dmc"])[0], "x", 1, hours=1.0)
+    state = sweep.State("waiting", None, 10, wall_time=3600.0, training_seconds=900.0)
+    assert local.progress(unit, state) == 0.25 and local.seconds_left(unit, state) == 3 * 3600
 
 
 BAD = {
@@ -396,6 +422,8 @@ BAD = {
     "--suite all --algorithm reppo": "--algorithm reppo has no script for ManiSkill3",
     "--ablation epsilon --tasks CheetahRun --algorithm reppo": "--ablation is of TruDi",
     "--suite dmc --values 1": "--values needs an --ablation",
+    "--suite dmc --hours 0": "--hours and --slurm-hours must be positive",
+    "--suite dmc --algorithm dppo --hours 1": "the learning rate of dppo falls to 0 at its last step",
     "--suite dmc --ablation epsilon --values x": "are numbers, not x",
     "--suite dmc --ablation evaluation --values best-of-x": "are sde, ode-C or best-of-K",
     "--suite dmc --flags=--preset=tiny": "there is no --preset tiny",
@@ -678,9 +706,66 @@ def test_matched_wall_clock(analyze, tmp_path):
     write_run(root, "CheetahRun", 1, [0, 70, 90, 100.0], exp_name="slow", hours=2.0)
     write_run(root, "CheetahRun", 1, [20.0, 400], exp_name="late", hours=4.0, step=200)
     page = analyze(root, out=tmp_path / "out")
-    assert "| fast | 60.0 ± 0.0 | 300.00 | 300.00 at 60.0 |" in page
-    assert "| slow | 120.0 ± 0.0 | 100.00 | 70.00 at 60.0 |" in page
-    assert "| late | 240.0 ± 0.0 | 400.00 | none at 60.0 |" in page
+    assert "| fast | 60.0 ± 0.0 | 0.0 | 300.00 | 300.00 at 60.0 |" in page
+    assert "| slow | 120.0 ± 0.0 | 0.0 | 100.00 | 70.00 at 60.0 |" in page
+    assert "| late | 240.0 ± 0.0 | 0.0 | 400.00 | none at 60.0 |" in page
+
+
+def test_evaluations_are_not_in_matched_time(analyze, tmp_path):
+    """Both train for an hour and learn alike; evaluations and checkpoints take one of them half an hour more, at the end."""
+    root = tmp_path / "runs"
+    write_run(root, "CheetahRun", 1, [0, 100, 200, 300.0], exp_name="quick")
+    folder = write_run(root, "CheetahRun", 1, [0, 100, 200, 300.0], exp_name="watched", other_hours=0.5)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    for line, minutes in zip(lines, (15, 30, 45, 90), strict=True):
+        line["wall_time"] = 60.0 * minutes
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = analyze(root, out=tmp_path / "out")
+    assert "| quick | 60.0 ± 0.0 | 0.0 | 300.00 | 300.00 at 60.0 |" in page
+    assert "| watched | 60.0 ± 0.0 | 30.0 | 300.00 | 300.00 at 60.0 |" in page
+    rows = table(tmp_path / "out" / "runs.csv").query("state == 'finished'").set_index("group")
+    assert rows.last_hours.to_dict() == {"quick": 1.0, "watched": 1.0} and rows.other_hours["watched"] == 0.5
+    curves = table(tmp_path / "out" / "wall_clock.csv")
+    quick, watched = (curves[curves.group == name].iqm.to_numpy() for name in ("quick", "watched"))
+    np.testing.assert_allclose(quick, watched)
+
+
+def test_training_time_of_a_log():
+    """Of 100 steps at 50 a second, 100 at 25 and, where an iteration in between was not logged, 200 at 100."""
+    log = [{"step": step, "charts/SPS": speed, "wall_time": 99.0} for step, speed in ((100, 50), (200, 25), (400, 100))]
+    assert training_times(log) == [2, 6, 8] and training_times([]) == []
+
+
+def test_training_time_of_a_real_run():
+    """A committed one of 39 s with 5 evaluations and checkpoints of 2 to 3 s each."""
+    folder = ROOT / "benchmark/results/baselines/curves/CheetahRun__ppo__1__1795439190"
+    found, = find_runs([folder])
+    assert 0.6 < found.training_seconds() / found.last()["wall_time"] < 0.7
+
+
+def test_equal_hours_of_algorithms(analyze, tmp_path):
+    """Figure 5, left: groups of equal hours together, over hours, and not with those of equal steps."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    for seed in (1, 2):
+        write_run(root, "CheetahRun", seed, [0, 500.0], exp_name="trudi", hours=1.0)
+        for script, factor in (("trudi", 1.0), ("reppo", 2.0), ("ppo", 3.0)):
+            values = list(np.linspace(0, 100 * factor + seed, 5))
+            write_run(root, "CheetahRun", seed, values, script=f"{script}_mjx", exp_name=f"{script}-wall-clock-0.5h",
+                      hours=0.51, total=10**6)
+    write_run(root, "CheetahRun", 3, [7.0], exp_name="trudi-wall-clock-0.5h", hours=0.2, total=10**6)  # not at its end
+    write_run(root, "CheetahRun", 1, [0, 9.0], script="dime_mjx", exp_name="dime-wall-clock-2h", hours=2.1, total=10**6)
+    page = analyze(root, out=out)
+    groups = ["trudi-wall-clock-0.5h", "reppo-wall-clock-0.5h", "ppo-wall-clock-0.5h"]
+    curves = table(out / "wall_clock_0.5h.csv")
+    assert set(curves.group) == set(groups) and curves.hours.max() == pytest.approx(0.51)
+    assert curves.groupby("group").iqm.last()[groups].round(6).tolist() == [101.5, 201.5, 301.5]
+    assert set(table(out / "wall_clock_2h.csv").group) == {"dime-wall-clock-2h"}
+    for name in ("wall_clock", "suites"):
+        assert set(table(out / f"{name}.csv").group) == {"trudi"}
+    assert "## Wall clock of 0.5 hours each" in page and "Figure 5, left" in page
+    assert "| reppo-wall-clock-0.5h | 30.6 ± 0.0 | 0.0 | 201.50 [201.00, 202.00] | 201.50 [201.00, 202.00] at 30.6 |" in page
+    assert "trudi-wall-clock-0.5h, MuJoCo Playground, DeepMind Control, unfinished: CheetahRun (seed 3; at 100)" in page
+    assert "| CheetahRun | reppo-wall-clock-0.5h | 2 |" not in page  # among those of equal steps
 
 
 def test_matched_wall_clock_is_of_each_task(analyze, tmp_path):
@@ -705,8 +790,8 @@ def test_equal_steps(analyze, tmp_path):
     assert "| CheetahRun | long | 1 | 300.0 | 400 | 60.0 |" in whole.replace("|  |", "|")
     assert "| CheetahRun | long | 1 | 50.0 | 200 | 30.0 |" in cut.replace("|  |", "|")
     assert "compared after 200 environment steps" in cut
-    assert "| long | 60.0 ± 0.0 | 300.00 |" in cut
-    assert "| short | 60.0 ± 0.0 | 100.00 |" in cut
+    assert "| long | 60.0 ± 0.0 | 0.0 | 300.00 |" in cut
+    assert "| short | 60.0 ± 0.0 | 0.0 | 100.00 |" in cut
 
 
 def test_returns_of_isaac_lab_are_normalised(analyze, tmp_path):
@@ -722,10 +807,11 @@ def test_pages_of_ablations(analyze, tmp_path):
     root, out = tmp_path / "runs", tmp_path / "out"
     for value, top in ((0.01, 10.0), (0.1, 30.0), (10, 5.0)):
         for seed in (1, 2):
-            write_run(root, "CheetahRun", seed, [0, top + seed], exp_name=f"s-epsilon-{value:g}")
+            write_run(root, "CheetahRun", seed, [0, top + seed], exp_name=f"s-epsilon-{value:g}", trust_region_bound=value)
     write_run(root, "CheetahRun", 1, [3.0], exp_name="s-epsilon-50", total=200)
-    for n, hours in ((4, 0.5), (8, 0.51), (16, 0.3)):
-        write_run(root, "CheetahRun", 1, [0, 10.0 * n], exp_name=f"s-wall-clock-0.5h-{n}", total=10**6, hours=hours)
+    for n, hours in ((4, 0.51), (8, 0.52), (16, 0.3)):
+        name = f"s-wall-clock-0.5h-denoising-{n}"
+        write_run(root, "CheetahRun", 1, [0, 10.0 * n], exp_name=name, total=10**6, hours=hours, num_diffusion_steps=n)
     for seed in (1, 2, 3):
         write_evaluation(root, "CheetahRun", seed, "sde", 10.0 * seed, 200)
         write_evaluation(root, "CheetahRun", seed, "ode-1", 11.0 * seed, 200)
@@ -733,8 +819,9 @@ def test_pages_of_ablations(analyze, tmp_path):
     page = analyze(root, out=out)
     rows = table(out / "ablation_s_epsilon_dmc.csv").query("environment_steps == 200").set_index("value")
     assert rows.iqm.to_dict() == {0.01: 11.5, 0.1: 31.5, 10: 6.5} and "without a finished run: 50" in page
-    timed = table(out / "ablation_s_wall-clock_dmc.csv").groupby("value").iqm.last()
-    assert timed.to_dict() == {4: 40.0, 8: 80.0} and "without a finished run: 16" in page
+    timed = table(out / "ablation_s-wall-clock-0.5h_denoising_dmc.csv")
+    assert timed.groupby("value").iqm.last().to_dict() == {4: 40.0, 8: 80.0} and "without a finished run: 16" in page
+    assert timed.hours.max() == pytest.approx(0.52)
     modes = table(out / "ablation_evaluation.csv").set_index("evaluation")
     assert modes.iqm.to_dict() == {"sde": 20.0, "ode-1": 22.0} and set(modes.incomplete) == {1}
     assert (out / "ablation_evaluation.png").exists() and not (out / "suites.png").exists()
@@ -762,7 +849,7 @@ def test_cost_counts_only_the_papers_sizes(analyze, tmp_path):
     page = analyze(root, out=tmp_path / "out")
     assert "| MuJoCo Playground, DeepMind Control | 20 | 50,000,000 | 1,000 | 1 x test | 2,778 |" in page
     assert "| Isaac Lab | 6 | 300,000,000 | not measured |" in page
-    assert "78 hours for forty" in page  # 40 x 1.95
+    assert "forty of TruDi's are 78 hours" in page  # 40 x 1.95
     # A run's learner does 0.95 of a humanoid's operations: 200 x 1.95 x 0.95 hours.
     assert re.search(r"all would take 1,5\d\d hours of such a GPU: MuJoCo Playground, DeepMind Control 37\d,", page)
 
@@ -775,6 +862,34 @@ def test_nothing_to_analyse_is_refused_in_one_line(analyze, tmp_path, monkeypatc
         analyze(*sources, out=tmp_path / "out")
     err = capsys.readouterr().err
     assert error.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_hours_of_the_paper_are_cited(analyze, tmp_path, in_benchmark):
+    """Table 2: of the four methods, in the table of the wall clock, in the text of the cost, and among the estimates."""
+    write_run(tmp_path / "runs", "G1JoystickFlatTerrain", 1, [0, 5.0])
+    page = analyze(tmp_path / "runs", out=tmp_path / "out")
+    rows = {"TruDi": "117 ± 28 |  | 34.8 ± 3.0", "REPPO": "64 ± 21 |  | 29.6 ± 7.2", "DIME": "83 ± 22 |  | 15.6 ± 9.4",
+            "PPO": "57 ± 21 |  | 0.1 ± 3.7"}
+    for method, row in rows.items():
+        assert f"| MuJoCo Playground, humanoids | {method} (cited) | {row} |  | A100 or H100 |" in page
+    assert "1.95 for TruDi, 1.07 for REPPO, 1.38 for DIME, 0.95 for PPO" in page
+    cited = in_benchmark("estimate").cited_table()
+    assert "| PPO | 0.95 ± 0.35 | 0.1 ± 3.7 | 38 |" in cited and "| DIME | 1.38 ± 0.36 | 15.6 ± 9.4 | 55 |" in cited
+    assert cited in (ROOT / "benchmark/results/estimates.md").read_text()
+
+
+def test_cited_hours_are_those_of_the_paper():
+    source = ROOT.parent / "shared" / "paper" / "trudi.txt"
+    if not source.exists():
+        pytest.skip("the paper is not here")
+    text = source.read_text().partition("Episode Return (IQM)")[2].partition("#####")[0]
+    words = re.split(r"(REPPO|PPO|DIME|TruDi)(?: \(Ours\))?", text)
+    printed = dict(zip(words[1::2], words[2::2], strict=True))
+    own = pd.read_csv(ROOT / "benchmark/anchors/humanoids.csv")
+    assert sorted(own.method) == sorted(printed)
+    for row in own.itertuples():
+        assert printed[row.method].startswith(f"{row.hours}±{row.hours_spread}{row.hours}"), row.method
+        assert f"{row.iqm}±{row.iqm_spread}" in printed[row.method], row.method
 
 
 def test_cited_returns_are_those_of_the_source():
