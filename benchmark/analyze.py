@@ -105,15 +105,20 @@ def decimals_of(values: Iterable[float]) -> int:
     """Digits after the point that tell such values apart."""
     return 3 if np.nanmax(np.abs(list(values)), initial=0) <= 1 else 1
 
-def scale_of(outcomes: list[Outcome], suite: str) -> dict[str, float]:
-    """Each task's scale in a suite whose returns differ in it: the best group's mean of last evaluations."""
+def scale_of(outcomes: list[Outcome], suite: str) -> figures.Scale:
+    """Each task's scale in a suite whose returns differ in it, like that of Atari's human-normalised scores,
+    between a random policy's and a reference's: 0 is the lowest mean of a group's first evaluations, whose
+    policies have hardly learned, and 1 the highest mean of a group's first or last ones."""
+    scale = {}
     if suite not in SUITES or not SUITES[suite].normalized:
-        return {}
-    groups = {o.group for o in outcomes}
-    means = {task: [np.mean([o.final for o in select(found, group=group)])
-                    for group in groups if select(found, group=group)]
-             for task, found in by_task(select(outcomes, suite=suite)).items()}
-    return {task: float(np.max(np.abs(values))) or 1.0 for task, values in means.items()}
+        return scale
+    for task, found in by_task(select(outcomes, suite=suite)).items():
+        groups = [select(found, group=group) for group in dict.fromkeys(o.group for o in found)]
+        first = [float(np.mean([o.values[0] for o in own])) for own in groups]
+        last = [float(np.mean([o.final for o in own])) for own in groups]
+        low, high = min(first), max(first + last)
+        scale[task] = low, high if high > low else low + 1.0  # where nobody ever got better
+    return scale
 
 def panels_of(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
     """What there is to compare in each suite: its groups with finished runs, and the tasks of which all of
@@ -152,7 +157,7 @@ def at_matched_time(panel: dict[str, Any]) -> tuple[dict[str, float], dict[str, 
     hours = {task: min(o.hours[-1] for o in own)
              for task, own in by_task(panel["outcomes"]).items() if task in panel["tasks"]}
     found = {group: by_task(select(panel["outcomes"], group=group)) for group in panel["groups"]}
-    return hours, {group: [[value_at(o, hours[t]) / panel["scale"].get(t, 1) for o in own[t]]
+    return hours, {group: [[figures.normalise(value_at(o, hours[t]), panel["scale"].get(t)) for o in own[t]]
                            for t in panel["tasks"]]
                    for group, own in found.items()}
 
@@ -242,7 +247,7 @@ def write_suites(page: Page, panels: dict[str, dict[str, Any]], colours: dict[st
     """Aggregates over suites: curves (Figure 2), profiles, probability of improvement."""
     page.text("## Suites", "",
               "Over the tasks of which every group has finished runs; curves end where the shortest run "
-              "does.")
+              "does." + how_normalised(panels))
     rows = []
     for suite, panel in panels.items():
         for group in panel["groups"]:
@@ -266,6 +271,12 @@ def write_suites(page: Page, panels: dict[str, dict[str, Any]], colours: dict[st
                     figures.improvement_figure(table))
     else:
         page.text("Probability of improvement: there are no two groups with finished runs of the same tasks.")
+
+def how_normalised(panels: dict[str, dict[str, Any]]) -> str:
+    """What normalised returns are, if any suite has them."""
+    titles = ", ".join(title_of(suite) for suite, panel in panels.items() if panel["scale"])
+    return (f" Returns of {titles} are normalised for each task: 0 is the lowest mean of a group's first "
+            "evaluations, and 1 the highest of a group's first or last ones.") if titles else ""
 
 def wall_clock_rows(suite: str, panel: dict[str, Any]) -> tuple[list[tuple], list[tuple]]:
     """The rows of a suite's groups, and those of its tasks, for which there is something to compare."""
@@ -300,7 +311,7 @@ def write_wall_clock(page: Page, panels: dict[str, dict[str, Any]], colours: dic
               "Minutes of training are of iterations only, other minutes of evaluations, checkpoints and logging; "
               "compilation is in neither. Times of different devices cannot be compared. A task is compared "
               "when the first of its runs has trained until its last evaluation; a group that has a run "
-              "without any evaluation by then has none.")
+              "without any evaluation by then has none." + how_normalised(panels))
     found = [wall_clock_rows(suite, panel) for suite, panel in panels.items()]
     rows, tasks = ([row for part in parts for row in part] for parts in zip(*found, strict=True))
     cited = PAPER_HUMANOIDS.iloc[:0]

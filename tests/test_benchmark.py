@@ -803,6 +803,76 @@ def test_returns_of_isaac_lab_are_normalised(analyze, tmp_path):
     assert rows.iqm.to_dict() == {"a": 1.0, "b": 0.5}
 
 
+def scores_of(analyze, tmp_path, env_id, curves):
+    """Normalised last scores and those at matched time of groups' curves, by group."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    shutil.rmtree(root, ignore_errors=True)
+    for group, (hours, *seeds) in curves.items():
+        for seed, values in enumerate(seeds, 1):
+            write_run(root, env_id, seed, values, exp_name=group, script="trudi_isaaclab", hours=hours)
+    page = analyze(root, out=out)
+    rows = re.findall(r"^\| Isaac Lab \| (\w+) \| [^|]*± [^|]*\| [^|]*\| (\S+) [^|]*\| (\S+) [^|]*at [^|]*\|", page, re.M)
+    last = {group: float(value) for group, value, _ in rows}
+    ends = table(out / "suites.csv").groupby("group").iqm.last().round(2).to_dict()
+    assert last == ends
+    return last, {group: float(value) for group, _, value in rows}
+
+
+ISAAC = "Isaac-Velocity-Flat-G1-v0"
+
+
+@pytest.mark.parametrize("shift", [0.0, -1000.0, 1000.0])
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+def test_normalised_scores_do_not_depend_on_where_returns_are(analyze, tmp_path, shift, factor):
+    """0 is the lower of the first evaluations and 1 the higher of the last ones, also of negative returns."""
+    curves = {"a": (1.0, [-100, -10.0]), "b": (1.0, [-90, -55.0])}
+    moved = {group: (hours, *[[factor * x + shift for x in own] for own in seeds]) for group, (hours, *seeds) in curves.items()}
+    assert scores_of(analyze, tmp_path, ISAAC, moved)[0] == {"a": 1.0, "b": 0.5}
+
+
+def test_normalised_scores_of_groups_that_do_not_learn(analyze, tmp_path):
+    """Worse than at first is below 0 or between; constant returns are no division by zero."""
+    assert scores_of(analyze, tmp_path, ISAAC, {"a": (1.0, [-10, -30.0]), "b": (1.0, [0, -5.0])})[0] == {"a": -2.0, "b": 0.5}
+    assert scores_of(analyze, tmp_path, ISAAC, {"a": (1.0, [3, 3.0]), "b": (1.0, [3, 3.0])})[0] == {"a": 0.0, "b": 0.0}
+
+
+def test_scores_at_matched_time_are_normalised(analyze, tmp_path):
+    """The slow one has half of its hours by then, at its second evaluation."""
+    curves = {"fast": (1.0, [-100, -60, -20, 100.0]), "slow": (2.0, [-100, 0, 40, 80.0])}
+    last, matched = scores_of(analyze, tmp_path, ISAAC, curves)
+    assert last == {"fast": 1.0, "slow": 0.9} and matched == {"fast": 1.0, "slow": 0.5}
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert f"| {ISAAC.removesuffix('-v0')} | 60.00 | slow | 0.50 |" in page
+    assert page.count("Returns of Isaac Lab are normalised for each task") == 2
+
+
+def test_last_evaluation_counts_not_the_best(analyze, tmp_path):
+    root, out = tmp_path / "runs", tmp_path / "out"
+    for group, bound, own in (
+            ("falls", 0.1, [0, 100, 60.0]), ("falls-epsilon-1", 1.0, [0, 90, 30.0]), ("falls-epsilon-5", 5.0, [0, 80, 20.0]),
+            ("falls-wall-clock-0.9h", 0.1, [0, 70, 10.0]), ("rises", 0.1, [0, 40, 80.0])):
+        write_run(root, "CheetahRun", 1, own, exp_name=group, trust_region_bound=bound)
+    page = analyze(root, out=out)
+    finals = table(out / "runs.csv").query("state == 'finished'").set_index("group").final.to_dict()
+    assert finals == {"falls": 60, "falls-epsilon-1": 30, "falls-epsilon-5": 20, "falls-wall-clock-0.9h": 10, "rises": 80}
+    assert "| CheetahRun | falls | 1 | 60.0 |" in page and "| falls | 1 of 20 | 1 | 60.0 |" in page
+    assert "| falls | 60.0 ± 0.0 | 0.0 | 60.00 | 60.00 at 60.0 |" in page
+    assert "| falls-wall-clock-0.9h | 60.0 ± 0.0 | 0.0 | 10.00 | 10.00 at 60.0 |" in page
+    assert "\n| 1 | 1 | 30.0 |" in page and "\n| 5 | 1 | 20.0 |" in page
+    better = table(out / "improvement.csv").iloc[0]
+    assert (better.x, better.y, better.probability) == ("falls", "rises", 0.0)
+    profile = table(out / "profiles.csv").query("group == 'falls'")
+    assert profile[profile.share == 1].threshold.max() < 60 <= profile[profile.share == 0].threshold.min()
+
+
+def test_success_is_of_the_last_evaluation(analyze, tmp_path):
+    folder = write_run(tmp_path / "runs", "PushCube-v1", 1, [0, 9, 5.0], script="trudi_maniskill")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    text = (json.dumps(line | {"eval/success_once": share}) + "\n" for line, share in zip(lines, (0, 0.75, 0.25), strict=True))
+    (folder / "metrics.jsonl").write_text("".join(text))
+    assert "| PushCube-v1 | trudi | 1 | 5.0 | 0.25 |" in analyze(tmp_path / "runs", out=tmp_path / "out")
+
+
 def test_pages_of_ablations(analyze, tmp_path):
     root, out = tmp_path / "runs", tmp_path / "out"
     for value, top in ((0.01, 10.0), (0.1, 30.0), (10, 5.0)):
