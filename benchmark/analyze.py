@@ -35,6 +35,7 @@ from benchmark.outcomes import (
     read_outcomes,
     select,
     with_missing,
+    with_repeats,
 )
 from benchmark.runs import RETURN
 from benchmark.tables import markdown_table
@@ -175,14 +176,19 @@ def value_at(outcome: Outcome, hours: float) -> float:
 def write_runs(page: Page, outcomes: list[Outcome]) -> None:
     """What there is and what is missing: runs.csv, with a row a run, and a summary by suite and group."""
     names = ("suite", "group", "env_id", "seed", "state", "last_step", "last_hours", "other_hours", "final",
-             "success", "device", "folder")
+             "success", "device", "folder", "same_as")
     pd.DataFrame([{name: getattr(o, name) for name in names} for o in outcomes], columns=names).to_csv(
         page.folder / "runs.csv", index=False, float_format="%.6g")
     page.text("## Runs", "",
               "Every run, also each that is missing, is in [runs.csv](runs.csv). IQMs are of the finished.")
     rows, notes = [], []
-    for suite, group in dict.fromkeys((o.suite, o.group) for o in outcomes):
-        own = select(outcomes, suite=suite, group=group)
+    for suite, group, twin in dict.fromkeys((o.suite, o.group, o.same_as) for o in outcomes if o.same_as):
+        again = select(outcomes, suite=suite, group=group, same_as=twin)
+        notes.append(f"- {group}, {title_of(suite)}, the same runs as {twin}'s and counted there: "
+                     f"{listed(again)}")
+    once = select(outcomes, same_as="")
+    for suite, group in dict.fromkeys((o.suite, o.group) for o in once):
+        own = select(once, suite=suite, group=group)
         counts = [len(select(own, state=state))
                   for state in ("finished", "unfinished", "diverged", "missing", "superseded")]
         rows.append((title_of(suite), group, len({o.env_id for o in own if o.state != "missing"}), *counts))
@@ -205,6 +211,11 @@ def listed(outcomes: list[Outcome]) -> str:
         steps = ", ".join(dict.fromkeys(f"at {o.last_step:,}" for o in own if o.last_step))
         parts.append(f"{env_id} (seed {', '.join(str(o.seed) for o in own)}{'; ' + steps if steps else ''})")
     return ", ".join(parts)
+
+def same_runs(own: list[Outcome]) -> str:
+    """The group that has the same runs as all of these, in brackets, if there is one."""
+    groups = {o.same_as for o in own}
+    return f" (= {groups.pop()})" if len(groups) == 1 and "" not in groups else ""
 
 def task_row(own: list[Outcome], cited: dict[str, float]) -> tuple:
     """The table's row of the finished runs of one task and group."""
@@ -361,7 +372,7 @@ def write_ablation(page: Page, base: str, kind: str, suite: str, values: dict[fl
     scale = scale_of([o for x in own.values() for o in x], suite)
     finals = [interval(figures.final_scores(x, tasks, scale), iqm)[:, 0] for x in own.values()]
     page.table((SHOWN[kind], "runs", "IQM of last evaluations"),
-               [(f"{value:g}", len(x), shown(final, decimals_of(f[0] for f in finals)))
+               [(f"{value:g}{same_runs(x)}", len(x), shown(final, decimals_of(f[0] for f in finals)))
                 for (value, x), final in zip(own.items(), finals, strict=True)])
     over = ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
     axis = "steps" if limit_of(base) is None else "hours"
@@ -467,7 +478,7 @@ def main() -> None:
     outcomes = read_outcomes(options.runs, options.metric, options.group_by)
     if not any(len(o.values) for o in outcomes):
         fail(f"no run in {' '.join(options.runs)} has {options.metric}")
-    outcomes = with_missing(outcomes, options.seeds)
+    outcomes = with_repeats(with_missing(outcomes, options.seeds))
     own = [o for o in outcomes if not VARIANT.fullmatch(o.group)]
     limited = [o for o in own if limit_of(o.group) is not None]
     whole = [o for o in own if limit_of(o.group) is None]

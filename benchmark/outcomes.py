@@ -1,6 +1,7 @@
 """What runs came to: their curves, whether they are finished, and which are missing."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ OTHER = "other"  # suite of tasks that are not of the 73
 VARIANT = re.compile(r"(?P<base>.+)-(?P<kind>epsilon|denoising)-(?P<value>[\d.]+)")  # of an ablation
 LIMITED = re.compile(r".+-wall-clock-(?P<hours>[\d.]+)h(-.+)?")  # by benchmark.run --hours
 POINTS = 60  # at most, of a curve
+NAMES = ("exp_name", "seed", "num_seeds", "preset", "log_dir")  # arguments that are not an experiment's own
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -38,6 +40,8 @@ class Outcome:
     paper_sizes: bool = False
     device: str = ""
     folder: str = ""
+    experiment: str = ""  # what decides the numbers, but for the seed
+    same_as: str = ""  # the group that has these very runs, if that is another one
 
     @property
     def final(self) -> float:
@@ -77,8 +81,14 @@ def outcomes_of(run: Run, group: str, metric: str, superseded: bool, until_steps
         end = log[-1] if log else {"step": 0, "wall_time": 0.0, "hours": 0.0}
         found.append(Outcome(suite, env_id, group, seed, state if own else "unfinished", *columns,
                              end["step"], end["hours"], end["wall_time"] / 3600 - end["hours"], success,
-                             bool(sizes), run.device, run.folder.name))
+                             bool(sizes), run.device, run.folder.name, experiment_of(run)))
     return found
+
+def experiment_of(run: Run) -> str:
+    """Script and arguments of a run but for its seeds and names: those up to `device`, as from there on they
+    may differ when a run is continued."""
+    args = itertools.takewhile(lambda item: item[0] != "device", run.args.items())
+    return json.dumps([run.script, {name: value for name, value in args if name not in NAMES}])
 
 def group_of(run: Run, group_by: str) -> str:
     """The group of a run: the folder that it is in, or an argument's value, and a baseline's algorithm unless
@@ -112,6 +122,19 @@ def with_missing(outcomes: list[Outcome], seeds: int) -> list[Outcome]:
         there = {(o.env_id, o.seed) for o in outcomes if (o.group, o.suite) == (group, suite)}
         complete += [missing(suite, env_id, group, seed) for env_id, seed in wanted - there]
     return sorted(complete, key=order_of)
+
+def with_repeats(outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes, as `with_missing` orders them. An ablation's finished runs with the default value are
+    marked with the group that has the same ones, as far or farther: the sweep itself or another ablation."""
+    first: dict[tuple, Outcome] = {}
+    marked = []
+    for o in outcomes:
+        variant = VARIANT.fullmatch(o.group)
+        sweep = variant["base"] if variant else o.group
+        twin = first.setdefault((sweep, o.experiment, o.seed), o) if o.state == "finished" else o
+        same = twin.group != o.group and twin.last_step >= o.last_step
+        marked.append(dataclasses.replace(o, same_as=twin.group if same else ""))
+    return marked
 
 def order_of(outcome: Outcome) -> tuple:
     """Suites and tasks in their own order, an ablation's values by size, then seeds."""

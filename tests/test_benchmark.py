@@ -897,6 +897,43 @@ def test_pages_of_ablations(analyze, tmp_path):
     assert (out / "ablation_evaluation.png").exists() and not (out / "suites.png").exists()
 
 
+def test_default_is_listed_once(analyze, tmp_path):
+    """N = 8, ε = 0.1 and the sweep itself, which went on for longer, are one experiment."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    values = {"s": (8, 0.1, [0, 10, 20.0]), "s-denoising-4": (4, 0.1, [0, 5.0]), "s-denoising-8": (8, 0.1, [0, 10.0]),
+              "s-epsilon-0.1": (8, 0.1, [0, 10.0]), "s-epsilon-1": (8, 1.0, [0, 7.0]), "s-epsilon-5": (8, 5.0, [0, 6.0]),
+              "before": (8, 0.1, [0, 10.0]), "after": (8, 0.1, [0, 12.0])}  # another text of the script, say
+    for name, (n, bound, own) in values.items():
+        for seed in (1, 2):
+            write_run(root, "CheetahRun", seed, own, exp_name=name, num_diffusion_steps=n, trust_region_bound=bound)
+    page = analyze(root, out=out)
+    counts = page.partition("## Tasks")[0]
+    listed = re.findall(r"^\| MuJoCo Playground, DeepMind Control \| ([\w.-]+) \| 1 \| 2 \|", counts, re.M)
+    assert sorted(listed) == sorted(set(values) - {"s-denoising-8", "s-epsilon-0.1"})
+    assert counts.count("the same runs as s's and counted there: CheetahRun (seed 1, 2; at 200)") == 2
+    same = table(out / "runs.csv").dropna(subset="same_as")
+    assert same.groupby("group").same_as.apply(list).to_dict() == {"s-denoising-8": ["s"] * 2, "s-epsilon-0.1": ["s"] * 2}
+    for row in ("8 (= s) | 2 | 10.0", "4 | 2 | 5.0", "0.1 (= s) | 2 | 10.0", "1 | 2 | 7.0"):
+        assert f"\n| {row} " in page
+
+
+def test_ablations_share_their_default(analyze, tmp_path):
+    """Without a sweep as far as they are."""
+    root = tmp_path / "runs"
+    for name, own in (("s", [0.0]), ("s-denoising-8", [0, 10.0]), ("s-epsilon-0.1", [0, 10.0])):
+        write_run(root, "CheetahRun", 1, own, exp_name=name, num_diffusion_steps=8, trust_region_bound=0.1)
+    assert "s-epsilon-0.1, MuJoCo Playground, DeepMind Control, the same runs" not in analyze(root, out=tmp_path / "out")
+    shutil.rmtree(next(root.glob("*__s__*")))
+    page = analyze(root, out=tmp_path / "out")
+    assert "s-epsilon-0.1, MuJoCo Playground, DeepMind Control, the same runs as s-denoising-8's" in page
+
+
+def test_page_of_the_sweep_has_every_experiment_once():
+    page = (ROOT / "benchmark/results/sweep/README.md").read_text().partition("## Tasks")[0]
+    rows = re.findall(r"^\| MuJoCo Playground, DeepMind Control \| ([\w.-]+) \|", page, re.M)
+    assert "trudi" in rows and not {"trudi-denoising-8", "trudi-epsilon-0.1"} & set(rows) and len(rows) == 9
+
+
 def test_page_of_behavior_entropy(analyze, tmp_path):
     root, out = tmp_path / "runs", tmp_path / "out"
     folder = write_run(root, "benchmark.multimodality:PushTSymmetric-v1", 1, [0, 1.0], script="trudi_maniskill")
