@@ -6,7 +6,8 @@ Groups are the runs' --exp-name, as benchmark.run gives one to each sweep and to
 --group-by takes another argument, or "folder". Interquartile means (IQM) are over finished runs and have 95%
 stratified bootstrap intervals; groups are compared on the tasks of which all have finished runs. What is
 missing or not finished is listed. With --until-steps, tasks and suites are compared after so many environment
-steps, while wall clock has the whole runs, of which the faster may be the longer."""
+steps, while wall clock has the whole runs, of which the faster may be the longer. Runs of benchmark.run
+--hours are compared with each other only, over hours."""
 
 import dataclasses
 import itertools
@@ -28,19 +29,21 @@ from benchmark.outcomes import (
     Outcome,
     by_task,
     curve,
+    limit_of,
     read_entropies,
     read_evaluations,
     read_outcomes,
     select,
     with_missing,
+    with_repeats,
 )
 from benchmark.runs import RETURN
 from benchmark.tables import markdown_table
 from benchmark.tasks import ROOT, SUITES, task_of, tasks_of
 
-SHOWN = {"epsilon": "ε", "denoising": "denoising steps N", "wall-clock": "denoising steps N"}
-# Table 2: IQM after 50M steps and hours of training
-PAPER_HUMANOID = (("TruDi", 34.8, 1.95), ("REPPO", 29.6, 1.07))
+SHOWN = {"epsilon": "ε", "denoising": "denoising steps N"}
+ANCHORS = ROOT / "benchmark" / "anchors"
+PAPER_HUMANOIDS = pd.read_csv(ANCHORS / "humanoids.csv")  # Table 2: after 50M steps
 PAPER_ENTROPY = pd.DataFrame(columns=["task", "method", "entropy", "spread"], data=[  # Table 1
     ("PushT", "TruDi", 0.32, 0.13), ("PushT", "DIME", 0.20, 0.20), ("PushT", "REPPO", 0.0, 0.0),
     ("StackCube", "TruDi", 0.87, 0.08), ("StackCube", "DIME", 0.68, 0.15), ("StackCube", "REPPO", 0.0, 0.0)])
@@ -103,15 +106,20 @@ def decimals_of(values: Iterable[float]) -> int:
     """Digits after the point that tell such values apart."""
     return 3 if np.nanmax(np.abs(list(values)), initial=0) <= 1 else 1
 
-def scale_of(outcomes: list[Outcome], suite: str) -> dict[str, float]:
-    """Each task's scale in a suite whose returns differ in it: the best group's mean of last evaluations."""
+def scale_of(outcomes: list[Outcome], suite: str) -> figures.Scale:
+    """Each task's scale in a suite whose returns differ in it, like that of Atari's human-normalised scores,
+    between a random policy's and a reference's: 0 is the lowest mean of a group's first evaluations, whose
+    policies have hardly learned, and 1 the highest mean of a group's first or last ones."""
+    scale = {}
     if suite not in SUITES or not SUITES[suite].normalized:
-        return {}
-    groups = {o.group for o in outcomes}
-    means = {task: [np.mean([o.final for o in select(found, group=group)])
-                    for group in groups if select(found, group=group)]
-             for task, found in by_task(select(outcomes, suite=suite)).items()}
-    return {task: float(np.max(np.abs(values))) or 1.0 for task, values in means.items()}
+        return scale
+    for task, found in by_task(select(outcomes, suite=suite)).items():
+        groups = [select(found, group=group) for group in dict.fromkeys(o.group for o in found)]
+        first = [float(np.mean([o.values[0] for o in own])) for own in groups]
+        last = [float(np.mean([o.final for o in own])) for own in groups]
+        low, high = min(first), max(first + last)
+        scale[task] = low, high if high > low else low + 1.0  # where nobody ever got better
+    return scale
 
 def panels_of(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
     """What there is to compare in each suite: its groups with finished runs, and the tasks of which all of
@@ -145,12 +153,12 @@ def improvements(panels: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["suite", "x", "y", "probability", "low", "high"])
 
 def at_matched_time(panel: dict[str, Any]) -> tuple[dict[str, float], dict[str, list]]:
-    """For each task of a suite's panel the hours of training that every run of it has had, and each group's
-    scores of these tasks at these times; NaN where the first evaluation was later."""
+    """For each task of a suite's panel the hours of training that every run of it had had at its last
+    evaluation, and each group's scores of these tasks then; NaN where the first evaluation was later."""
     hours = {task: min(o.hours[-1] for o in own)
              for task, own in by_task(panel["outcomes"]).items() if task in panel["tasks"]}
     found = {group: by_task(select(panel["outcomes"], group=group)) for group in panel["groups"]}
-    return hours, {group: [[value_at(o, hours[t]) / panel["scale"].get(t, 1) for o in own[t]]
+    return hours, {group: [[figures.normalise(value_at(o, hours[t]), panel["scale"].get(t)) for o in own[t]]
                            for t in panel["tasks"]]
                    for group, own in found.items()}
 
@@ -167,15 +175,20 @@ def value_at(outcome: Outcome, hours: float) -> float:
 # --------------------------------------------------------------------------------------------------- sections
 def write_runs(page: Page, outcomes: list[Outcome]) -> None:
     """What there is and what is missing: runs.csv, with a row a run, and a summary by suite and group."""
-    names = ("suite", "group", "env_id", "seed", "state", "last_step", "last_hours", "final", "success",
-             "device", "folder")
+    names = ("suite", "group", "env_id", "seed", "state", "last_step", "last_hours", "other_hours", "final",
+             "success", "device", "folder", "same_as")
     pd.DataFrame([{name: getattr(o, name) for name in names} for o in outcomes], columns=names).to_csv(
         page.folder / "runs.csv", index=False, float_format="%.6g")
     page.text("## Runs", "",
               "Every run, also each that is missing, is in [runs.csv](runs.csv). IQMs are of the finished.")
     rows, notes = [], []
-    for suite, group in dict.fromkeys((o.suite, o.group) for o in outcomes):
-        own = select(outcomes, suite=suite, group=group)
+    for suite, group, twin in dict.fromkeys((o.suite, o.group, o.same_as) for o in outcomes if o.same_as):
+        again = select(outcomes, suite=suite, group=group, same_as=twin)
+        notes.append(f"- {group}, {title_of(suite)}, the same runs as {twin}'s and counted there: "
+                     f"{listed(again)}")
+    once = select(outcomes, same_as="")
+    for suite, group in dict.fromkeys((o.suite, o.group) for o in once):
+        own = select(once, suite=suite, group=group)
         counts = [len(select(own, state=state))
                   for state in ("finished", "unfinished", "diverged", "missing", "superseded")]
         rows.append((title_of(suite), group, len({o.env_id for o in own if o.state != "missing"}), *counts))
@@ -199,6 +212,11 @@ def listed(outcomes: list[Outcome]) -> str:
         parts.append(f"{env_id} (seed {', '.join(str(o.seed) for o in own)}{'; ' + steps if steps else ''})")
     return ", ".join(parts)
 
+def same_runs(own: list[Outcome]) -> str:
+    """The group that has the same runs as all of these, in brackets, if there is one."""
+    groups = {o.same_as for o in own}
+    return f" (= {groups.pop()})" if len(groups) == 1 and "" not in groups else ""
+
 def task_row(own: list[Outcome], cited: dict[str, float]) -> tuple:
     """The table's row of the finished runs of one task and group."""
     success = [o.success for o in own if not np.isnan(o.success)]
@@ -209,12 +227,12 @@ def task_row(own: list[Outcome], cited: dict[str, float]) -> tuple:
 
 def write_tasks(page: Page, outcomes: list[Outcome], colours: dict[str, str], metric: str) -> None:
     """Each task's last evaluations, and its curves (Figures 9 to 14)."""
-    cited = pd.read_csv(ROOT / "benchmark" / "anchors" / "reppo_returns.csv",
-                        index_col="env").reppo_large_final_50M
+    cited = pd.read_csv(ANCHORS / "reppo_returns.csv", index_col="env").reppo_large_final_50M
     cited = cited.to_dict() if metric == RETURN else {}
     page.text("## Tasks", "",
               f"IQM of the last {metric} over finished runs, which for fewer than four runs is the mean, "
-              "with its 95% interval, which for two or three runs is hardly more than their range.")
+              "with its 95% interval, which for two or three runs is hardly more than their range. Minutes "
+              "are of training, without compilation, evaluations and checkpoints.")
     suites, groups = [*SUITES, OTHER], list(dict.fromkeys(o.group for o in outcomes))
     found = [by_task(select(outcomes, suite=suite)) for suite in suites]
     cells = [select(own, group=group) for tasks in found for own in tasks.values() for group in groups]
@@ -240,7 +258,7 @@ def write_suites(page: Page, panels: dict[str, dict[str, Any]], colours: dict[st
     """Aggregates over suites: curves (Figure 2), profiles, probability of improvement."""
     page.text("## Suites", "",
               "Over the tasks of which every group has finished runs; curves end where the shortest run "
-              "does.")
+              "does." + how_normalised(panels))
     rows = []
     for suite, panel in panels.items():
         for group in panel["groups"]:
@@ -253,7 +271,7 @@ def write_suites(page: Page, panels: dict[str, dict[str, Any]], colours: dict[st
                 "left out, as another group has none"), rows)
     cited = {}
     if metric == RETURN:
-        cited = {"humanoid": [(name, value, None) for name, value, _ in PAPER_HUMANOID]}
+        cited = {"humanoid": [(row.method, row.iqm, None) for row in PAPER_HUMANOIDS.itertuples()]}
     page.figure("suites", "IQM over tasks and seeds with its 95% interval (the paper's Figure 2)",
                 figures.suites_figure(panels, colours, "steps", label_of(metric), cited))
     page.figure("profiles", "Performance profiles: share of runs whose last evaluation is above τ",
@@ -265,69 +283,99 @@ def write_suites(page: Page, panels: dict[str, dict[str, Any]], colours: dict[st
     else:
         page.text("Probability of improvement: there are no two groups with finished runs of the same tasks.")
 
+def how_normalised(panels: dict[str, dict[str, Any]]) -> str:
+    """What normalised returns are, if any suite has them."""
+    titles = ", ".join(title_of(suite) for suite, panel in panels.items() if panel["scale"])
+    return (f" Returns of {titles} are normalised for each task: 0 is the lowest mean of a group's first "
+            "evaluations, and 1 the highest of a group's first or last ones.") if titles else ""
+
+def wall_clock_rows(suite: str, panel: dict[str, Any]) -> tuple[list[tuple], list[tuple]]:
+    """The rows of a suite's groups, and those of its tasks, for which there is something to compare."""
+    hours, matched = at_matched_time(panel)
+    ends = (min(hours.values()), max(hours.values()))
+    times = " to ".join(dict.fromkeys(f"{x * 60:.1f}" for x in ends))
+    rows = []
+    for group in panel["groups"]:
+        found = by_task(select(panel["outcomes"], group=group))
+        own = [o for task in panel["tasks"] for o in found[task]]
+        minutes = 60 * np.array([o.last_hours for o in own])
+        others = 60 * np.mean([o.other_hours for o in own])
+        final = interval(figures.final_scores(own, panel["tasks"], panel["scale"]), iqm)[:, 0]
+        rows.append((title_of(suite), group, f"{minutes.mean():.1f} ± {minutes.std():.1f}", f"{others:.1f}",
+                     shown(final, 2), f"{shown(banded(matched[group]), 2)} at {times}",
+                     ", ".join(sorted({o.device for o in own}))))
+    tasks = [(task, f"{hours[task] * 60:.2f}", group, shown(banded([matched[group][i]]), 2))
+             for i, task in enumerate(panel["tasks"])
+             for group in panel["groups"] if len(panel["groups"]) > 1]
+    return rows, tasks
+
 def write_wall_clock(page: Page, panels: dict[str, dict[str, Any]], colours: dict[str, str],
-                     metric: str) -> None:
-    """Returns over hours of training (Figure 5), and training times (Table 2)."""
-    page.text("## Wall clock", "",
-              "Without compilation. Times of different devices cannot be compared. A task's matched time is "
-              "that of its shortest run.")
-    rows, tasks = [], []
-    for suite, panel in panels.items():
-        hours, matched = at_matched_time(panel)
-        ends = (min(hours.values()), max(hours.values()))
-        times = " to ".join(dict.fromkeys(f"{x * 60:.1f}" for x in ends))
-        for group in panel["groups"]:
-            own = [o for task in panel["tasks"]
-                   for o in by_task(select(panel["outcomes"], group=group))[task]]
-            minutes = np.array([o.last_hours for o in own]) * 60
-            final = interval(figures.final_scores(own, panel["tasks"], panel["scale"]), iqm)[:, 0]
-            rows.append((title_of(suite), group, f"{minutes.mean():.1f} ± {minutes.std():.1f}",
-                         shown(final, 2), f"{shown(banded(matched[group]), 2)} at {times}",
-                         ", ".join(sorted({o.device for o in own}))))
-        tasks += [(task, f"{hours[task] * 60:.2f}", group, shown(banded([matched[group][i]]), 2))
-                  for i, task in enumerate(panel["tasks"])
-                  for group in panel["groups"] if len(panel["groups"]) > 1]
-    cited = PAPER_HUMANOID if metric == RETURN and "humanoid" in panels else ()
-    rows += [(SUITES["humanoid"].title, f"{name} (cited)", f"{hours * 60:.0f}", value, "", "A100 or H100")
-             for name, value, hours in cited]
-    page.table(("suite", "group", "minutes", "IQM of last evaluations", "IQM at matched minutes", "device"),
-               rows)
+                     metric: str, limit: float | None = None) -> None:
+    """Returns over hours of training, and training times (Table 2); of runs that were given so many hours
+    (Figure 5, left) or, without a limit, so many steps."""
+    name, title = "wall_clock", "Wall clock"
+    caption = "IQM over training time (the paper's Table 2 has the times)"
+    if limit is not None:
+        name, title = f"wall_clock_{limit:g}h", f"Wall clock of {limit:g} hours each"
+        caption = f"IQM over training time, {limit:g} hours each (the paper's Figure 5, left, has 2.5)"
+    page.text(f"## {title}", "",
+              "Minutes of training are of iterations only, other minutes of evaluations, checkpoints and logging; "
+              "compilation is in neither. Times of different devices cannot be compared. A task is compared "
+              "when the first of its runs has trained until its last evaluation; a group that has a run "
+              "without any evaluation by then has none." + how_normalised(panels))
+    found = [wall_clock_rows(suite, panel) for suite, panel in panels.items()]
+    rows, tasks = ([row for part in parts for row in part] for parts in zip(*found, strict=True))
+    cited = PAPER_HUMANOIDS.iloc[:0]
+    if metric == RETURN and "humanoid" in panels and limit is None:
+        cited = PAPER_HUMANOIDS
+    rows += [(title_of("humanoid"), f"{row.method} (cited)",
+              f"{row.hours * 60:.0f} ± {row.hours_spread * 60:.0f}", "", f"{row.iqm} ± {row.iqm_spread}",
+              "", "A100 or H100") for row in cited.itertuples()]
+    page.table(("suite", "group", "minutes of training", "other minutes", "IQM of last evaluations",
+                "IQM at matched minutes", "device"), rows)
     if tasks:
         page.table(("task", "matched minutes", "group", "IQM"), tasks)
-    page.figure("wall_clock", "IQM over training time (the paper's Figure 5, left, and Table 2)",
-                figures.suites_figure(panels, colours, "hours", label_of(metric), {"humanoid": list(cited)}))
+    points = {"humanoid": [(row.method, row.iqm, row.hours) for row in cited.itertuples()]}
+    page.figure(name, caption, figures.suites_figure(panels, colours, "hours", label_of(metric), points))
+
+def write_limited(page: Page, outcomes: list[Outcome], colours: dict[str, str], metric: str) -> None:
+    """Runs of benchmark.run --hours, those of equal hours together."""
+    for limit in sorted({limit_of(o.group) for o in outcomes}):
+        panels = panels_of([o for o in outcomes if limit_of(o.group) == limit])
+        if panels:
+            write_wall_clock(page, panels, colours, metric, limit)
 
 def write_ablations(page: Page, outcomes: list[Outcome], metric: str) -> None:
     """Each ablation of each sweep and suite."""
     families: dict[tuple, dict[float, list[Outcome]]] = {}
     for o in outcomes:
         if variant := VARIANT.fullmatch(o.group):
-            key = (variant["base"], variant["kind"], variant["hours"], o.suite)
+            key = (variant["base"], variant["kind"], o.suite)
             families.setdefault(key, {}).setdefault(float(variant["value"]), []).append(o)
     for key, values in families.items():
         write_ablation(page, *key, values, label_of(metric))
     if not families:
-        page.text("No runs of an ablation of ε, of denoising steps or of matched wall clock.")
+        page.text("No runs of an ablation of ε or of denoising steps.")
 
-def write_ablation(page: Page, base: str, kind: str, hours: str | None, suite: str,
-                   values: dict[float, list[Outcome]], ylabel: str) -> None:
+def write_ablation(page: Page, base: str, kind: str, suite: str, values: dict[float, list[Outcome]],
+                   ylabel: str) -> None:
     """One ablation: a table and a figure (Figures 5, 6) over tasks of which all values have finished runs."""
     found = {value: by_task(own) for value, own in sorted(values.items())}
     done = {value: tasks for value, tasks in found.items() if tasks}
     tasks = [task for task in next(iter(done.values()), []) if all(task in own for own in done.values())]
     without = [f"{value:g}" for value in found if value not in done]
     note = f"; without a finished run: {', '.join(without)}" if without else ""
-    title = f"{base}, {kind}{f', {hours} h each' if hours else ''}, {title_of(suite)}"
+    title = f"{base}, {kind}, {title_of(suite)}"
     if not tasks:
         return page.text(f"{title}: no task has finished runs of two values{note}.")
     own = {value: [o for task in tasks for o in done[value][task]] for value in done}
     scale = scale_of([o for x in own.values() for o in x], suite)
     finals = [interval(figures.final_scores(x, tasks, scale), iqm)[:, 0] for x in own.values()]
     page.table((SHOWN[kind], "runs", "IQM of last evaluations"),
-               [(f"{value:g}", len(x), shown(final, decimals_of(f[0] for f in finals)))
+               [(f"{value:g}{same_runs(x)}", len(x), shown(final, decimals_of(f[0] for f in finals)))
                 for (value, x), final in zip(own.items(), finals, strict=True)])
     over = ", ".join(tasks) if len(tasks) < 3 else f"{len(tasks)} tasks"
-    axis = "hours" if kind == "wall-clock" else "steps"
+    axis = "steps" if limit_of(base) is None else "hours"
     return page.figure(f"ablation_{base}_{kind}_{suite}", f"{title}: {', '.join(tasks)}{note}",
                        figures.ablation_figure(own, tasks, scale, f"{kind}: {over}", SHOWN[kind], ylabel,
                                                axis))
@@ -397,10 +445,11 @@ def write_cost(page: Page, outcomes: list[Outcome], throughput: tuple[str, ...])
     estimates = json.loads((ROOT / "benchmark" / "results" / "estimates.json").read_text())
     hours = {suite: 10 * sum(row["flop"] for row in estimates["tasks"] if row["suite"] == suite)
              / estimates["gpu_flop_per_second"] / 3600 for suite in SUITES}
-    page.text(f"The paper's Table 2 has {PAPER_HUMANOID[0][2]} hours of an A100 or H100 for a run on a "
-              f"humanoid (cited): {hours['humanoid']:,.0f} hours for forty. At the operations a second which "
-              f"that implies, counted by benchmark/estimate.py, all would take {sum(hours.values()):,.0f} "
-              "hours of such a GPU: "
+    cited = [f"{row.hours} for {row.method}" for row in PAPER_HUMANOIDS.itertuples()]
+    page.text(f"The paper's Table 2 has these hours of an A100 or H100 for a run on a humanoid (cited): "
+              f"{', '.join(cited)}; forty of TruDi's are {hours['humanoid']:,.0f} hours. At the operations a "
+              "second which that implies, counted by benchmark/estimate.py, all would take "
+              f"{sum(hours.values()):,.0f} hours of such a GPU: "
               f"{', '.join(f'{title_of(suite)} {x:,.0f}' for suite, x in hours.items())}; more where "
               "simulators are slower.")
 
@@ -429,12 +478,15 @@ def main() -> None:
     outcomes = read_outcomes(options.runs, options.metric, options.group_by)
     if not any(len(o.values) for o in outcomes):
         fail(f"no run in {' '.join(options.runs)} has {options.metric}")
-    outcomes = with_missing(outcomes, options.seeds)
+    outcomes = with_repeats(with_missing(outcomes, options.seeds))
     own = [o for o in outcomes if not VARIANT.fullmatch(o.group)]
-    equal = own
+    limited = [o for o in own if limit_of(o.group) is not None]
+    whole = [o for o in own if limit_of(o.group) is None]
+    equal = whole
     if options.until_steps:
-        cut = read_outcomes(options.runs, options.metric, options.group_by, options.until_steps)
-        equal = [o for o in with_missing(cut, options.seeds) if not VARIANT.fullmatch(o.group)]
+        cut = with_missing(read_outcomes(options.runs, options.metric, options.group_by, options.until_steps),
+                           options.seeds)
+        equal = [o for o in cut if not VARIANT.fullmatch(o.group) and limit_of(o.group) is None]
     colours = dict(zip(dict.fromkeys(o.group for o in own), itertools.cycle(figures.COLOURS), strict=False))
     page = Page(pathlib.Path(options.out))
     after = ""
@@ -444,9 +496,10 @@ def main() -> None:
               f"Written by `python -m benchmark.analyze`; the metric is `{options.metric}`{after}.")
     write_runs(page, outcomes)
     write_tasks(page, equal, colours, options.metric)
-    for write, found in ((write_suites, panels_of(equal)), (write_wall_clock, panels_of(own))):
+    for write, found in ((write_suites, panels_of(equal)), (write_wall_clock, panels_of(whole))):
         if found:
             write(page, found, colours, options.metric)
+    write_limited(page, limited, colours, options.metric)
     page.text("## Ablations")
     write_ablations(page, outcomes, options.metric)
     write_evaluations(page, options.runs, options.metric)

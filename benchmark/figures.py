@@ -17,6 +17,7 @@ from benchmark.aggregates import interval, iqm, profile, stack  # noqa: E402
 from benchmark.outcomes import Outcome, axis_of, by_task, curve, select  # noqa: E402
 
 COLOURS = ("#2a6f97", "#d1495b", "#4c956c", "#e09f3e", "#6d597a", "#00798c", "#8d5a3b", "#5c677d")
+Scale = dict[str, tuple[float, float]]  # a task's returns that count as 0 and as 1
 CITED = dict(color="0.45", linewidth=1.2, linestyle=(0, (4, 3)))  # of numbers that are not ours
 plt.rcParams.update({"font.size": 10, "axes.edgecolor": "0.6", "xtick.color": "0.35", "ytick.color": "0.35",
                      "axes.labelcolor": "0.25", "axes.spines.top": False, "axes.spines.right": False,
@@ -68,12 +69,17 @@ def draw_band(axes: Axes, points: np.ndarray, band: np.ndarray, **style: Any) ->
     if not np.isnan(band[1:]).any():
         axes.fill_between(points, *band[1:], color=style["color"], alpha=0.2, linewidth=0)
 
+def normalise(values: np.ndarray, scale: tuple[float, float] | None) -> np.ndarray:
+    """Values on a scale that is 0 and 1 at these two; as they are without one."""
+    low, high = scale or (0.0, 1.0)
+    return (values - low) / (high - low)
+
 def band_of(outcomes: Sequence[Outcome], tasks: Sequence[str], axis: str,
-            scale: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Points (S,) and IQM with its interval (3, S) of these tasks' finished outcomes, each over its scale."""
+            scale: Scale) -> tuple[np.ndarray, np.ndarray]:
+    """Points (S,) and IQM with its interval (3, S) of these tasks' finished outcomes, each on its scale."""
     found = by_task(outcomes)
     points = axis_of([o for task in tasks for o in found[task]], axis)
-    scores = [[curve(o, axis, points) / scale.get(task, 1) for o in found[task]] for task in tasks]
+    scores = [[normalise(curve(o, axis, points), scale.get(task)) for o in found[task]] for task in tasks]
     return points, interval(stack(scores), iqm)
 
 def band_rows(points: np.ndarray, band: np.ndarray, axis: str, **labels: Any) -> pd.DataFrame:
@@ -122,7 +128,7 @@ def tasks_figure(outcomes: list[Outcome], colours: dict[str, str], cited: dict[s
 def draw_cited(axes: Axes, cited: list[tuple[str, float, float | None]], unit: float) -> None:
     """Numbers that are not ours: points where they took known hours, otherwise lines."""
     for number, (label, value, hours) in enumerate(cited):
-        style = dict(color=f"{0.2 + 0.25 * number}", label=f"{label} (cited)")
+        style = dict(color=f"{0.15 + 0.2 * number}", label=f"{label} (cited)")
         if hours is None:
             axes.axhline(value, **CITED | style)
         else:
@@ -168,10 +174,10 @@ def profiles_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str],
     legend(figure, axes)
     return figure, pd.concat(tables)
 
-def final_scores(outcomes: list[Outcome], tasks: Sequence[str], scale: dict[str, float]) -> np.ndarray:
+def final_scores(outcomes: list[Outcome], tasks: Sequence[str], scale: Scale) -> np.ndarray:
     """Last evaluations (R, T) of finished outcomes."""
     found = by_task(outcomes)
-    return stack([[o.final / scale.get(task, 1) for o in found[task]] for task in tasks])
+    return stack([[normalise(o.final, scale.get(task)) for o in found[task]] for task in tasks])
 
 def points_with_intervals(axes: Axes, places: Sequence[float], bands: np.ndarray, **style: Any) -> None:
     """A point for each estimate at its place, with its interval: (P,), (P, 3)."""
@@ -192,7 +198,7 @@ def improvement_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
              xlabel="probability that a run of the first is better than one of the second")
     return figure, table
 
-def ablation_figure(outcomes: dict[float, list[Outcome]], tasks: Sequence[str], scale: dict[str, float],
+def ablation_figure(outcomes: dict[float, list[Outcome]], tasks: Sequence[str], scale: Scale,
                     title: str, xlabel: str, ylabel: str, axis: str) -> tuple[Figure, pd.DataFrame]:
     """Curves for each value, coloured by its logarithm, and last evaluations over values (Figures 5, 6)."""
     figure, (left, right) = frames(2, 2, 4.6, 3.2)

@@ -64,7 +64,7 @@ def progress(unit: Unit, state: State) -> float:
     """The share of a unit that is done, in [0, 1]; an evaluation's is not known before it ends."""
     done = state.step / max(unit.total_timesteps, 1)
     if unit.hours is not None:
-        done = state.wall_time / (unit.hours * 3600)
+        done = state.training_seconds / (unit.hours * 3600)
     return 1.0 if state.kind == "finished" else 0.0 if unit.evaluation else min(done, 1.0)
 
 def seconds_left(unit: Unit, state: State) -> float | None:

@@ -1,6 +1,7 @@
 """What runs came to: their curves, whether they are finished, and which are missing."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.runs import NOT_SEARCHED, Run, events, find_runs, furthest
+from benchmark.runs import NOT_SEARCHED, Run, events, find_runs, furthest, training_times
 from benchmark.tasks import ALGORITHMS, SUITES, algorithm_of, task_of, tasks_of
 
 OTHER = "other"  # suite of tasks that are not of the 73
-VARIANT = re.compile(r"(?P<base>.+)-(?P<kind>epsilon|denoising|wall-clock)(-(?P<hours>[\d.]+)h)?"
-                     r"-(?P<value>[\d.]+)")
+VARIANT = re.compile(r"(?P<base>.+)-(?P<kind>epsilon|denoising)-(?P<value>[\d.]+)")  # of an ablation
+LIMITED = re.compile(r".+-wall-clock-(?P<hours>[\d.]+)h(-.+)?")  # by benchmark.run --hours
 POINTS = 60  # at most, of a curve
+NAMES = ("exp_name", "seed", "num_seeds", "preset", "log_dir")  # arguments that are not an experiment's own
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -28,15 +30,18 @@ class Outcome:
     seed: int
     state: str  # "finished", "unfinished", "diverged", "superseded" by another run of the same, or "missing"
     steps: np.ndarray  # (n,), environment steps of the evaluations
-    hours: np.ndarray  # (n,), training until then, without compilation
+    hours: np.ndarray  # (n,), training until then, without compilation, evaluations and checkpoints
     values: np.ndarray  # (n,), the metric
     last_step: int = 0  # of the log
     last_hours: float = 0.0
+    other_hours: float = 0.0  # of evaluations, checkpoints and logging until then
     success: float = np.nan  # share of successful episodes in the last evaluation, where the task tells
     # whether environments, horizon and width are those of Table 5, and the script is TruDi's
     paper_sizes: bool = False
     device: str = ""
     folder: str = ""
+    experiment: str = ""  # what decides the numbers, but for the seed
+    same_as: str = ""  # the group that has these very runs, if that is another one
 
     @property
     def final(self) -> float:
@@ -47,15 +52,18 @@ def missing(suite: str, env_id: str, group: str, seed: int) -> Outcome:
     """The outcome of a run that there is not."""
     return Outcome(suite, env_id, group, seed, "missing", *[np.zeros(0)] * 3)
 
+def limit_of(name: str) -> float | None:
+    """The hours of training that the runs of such an --exp-name were given instead of steps, if any."""
+    limited = LIMITED.fullmatch(name)
+    return float(limited["hours"]) if limited else None
+
 def state_of(run: Run, superseded: bool) -> str:
-    """How a run ended; one of the wall-clock ablation is finished once it has had its hours."""
-    variant = VARIANT.fullmatch(run.args["exp_name"])
-    done = run.finished()
-    if variant and variant["hours"]:
-        done = run.last()["wall_time"] >= float(variant["hours"]) * 3600
+    """How a run ended; one with a limit of hours is finished once it has had them."""
     if superseded:
         return "superseded"
-    return "finished" if done else "diverged" if run.diverged else "unfinished"
+    limit = limit_of(run.args["exp_name"])
+    over = limit is not None and run.training_seconds() >= limit * 3600
+    return "finished" if over or run.finished() else "diverged" if run.diverged else "unfinished"
 
 def outcomes_of(run: Run, group: str, metric: str, superseded: bool, until_steps: float) -> list[Outcome]:
     """One outcome for each seed of a run, as if it had ended after so many environment steps."""
@@ -65,16 +73,22 @@ def outcomes_of(run: Run, group: str, metric: str, superseded: bool, until_steps
     sizes = names and all(run.args[name] == getattr(task.settings, name) for name in names)
     for seed, path in run.logs.items():
         log = [event for event in events(path) if event["step"] <= until_steps]
+        log = [event | {"hours": x / 3600} for event, x in zip(log, training_times(log), strict=True)]
         own = [event for event in log if metric in event]
-        columns = (np.array([event[name] for event in own], float) for name in ("step", "wall_time", metric))
-        steps, seconds, values = columns
+        columns = [np.array([event[name] for event in own], float) for name in ("step", "hours", metric)]
         measured = own and task and SUITES[suite].success
         success = own[-1].get(SUITES[suite].success, np.nan) if measured else np.nan
-        end = log[-1] if log else {"step": 0, "wall_time": 0.0}
-        found.append(Outcome(suite, env_id, group, seed, state if own else "unfinished", steps,
-                             seconds / 3600, values, end["step"], end["wall_time"] / 3600, success,
-                             bool(sizes), run.device, run.folder.name))
+        end = log[-1] if log else {"step": 0, "wall_time": 0.0, "hours": 0.0}
+        found.append(Outcome(suite, env_id, group, seed, state if own else "unfinished", *columns,
+                             end["step"], end["hours"], end["wall_time"] / 3600 - end["hours"], success,
+                             bool(sizes), run.device, run.folder.name, experiment_of(run)))
     return found
+
+def experiment_of(run: Run) -> str:
+    """Script and arguments of a run but for its seeds and names: those up to `device`, as from there on they
+    may differ when a run is continued."""
+    args = itertools.takewhile(lambda item: item[0] != "device", run.args.items())
+    return json.dumps([run.script, {name: value for name, value in args if name not in NAMES}])
 
 def group_of(run: Run, group_by: str) -> str:
     """The group of a run: the folder that it is in, or an argument's value, and a baseline's algorithm unless
@@ -109,6 +123,19 @@ def with_missing(outcomes: list[Outcome], seeds: int) -> list[Outcome]:
         complete += [missing(suite, env_id, group, seed) for env_id, seed in wanted - there]
     return sorted(complete, key=order_of)
 
+def with_repeats(outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes, as `with_missing` orders them. An ablation's finished runs with the default value are
+    marked with the group that has the same ones, as far or farther: the sweep itself or another ablation."""
+    first: dict[tuple, Outcome] = {}
+    marked = []
+    for o in outcomes:
+        variant = VARIANT.fullmatch(o.group)
+        sweep = variant["base"] if variant else o.group
+        twin = first.setdefault((sweep, o.experiment, o.seed), o) if o.state == "finished" else o
+        same = twin.group != o.group and twin.last_step >= o.last_step
+        marked.append(dataclasses.replace(o, same_as=twin.group if same else ""))
+    return marked
+
 def order_of(outcome: Outcome) -> tuple:
     """Suites and tasks in their own order, an ablation's values by size, then seeds."""
     suites, tasks = [*SUITES, OTHER], [task.env_id for task in tasks_of(SUITES)]
@@ -122,7 +149,7 @@ def order_of(outcome: Outcome) -> tuple:
 def same_ablation(one: str, other: str) -> bool:
     """Whether two groups are values of one ablation."""
     a, b = (VARIANT.fullmatch(x) for x in (one, other))
-    return bool(a and b and (a["base"], a["kind"], a["hours"]) == (b["base"], b["kind"], b["hours"]))
+    return bool(a and b and (a["base"], a["kind"]) == (b["base"], b["kind"]))
 
 def select(outcomes: Iterable[Outcome], **fields: Any) -> list[Outcome]:
     """Those with these values of their fields."""

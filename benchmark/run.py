@@ -4,6 +4,8 @@
     python -m benchmark.run --suite all --slurm --slurm-hours 8           # the same as a job array
     python -m benchmark.run --tasks CheetahRun WalkerWalk --seeds 3 --workers 2 --flags="--preset cpu"
     python -m benchmark.run --suite maniskill --algorithm reppo --seeds 10      # one of benchmark/baselines
+    python -m benchmark.run --suite humanoid --hours 2.5                  # for hours of training, not for steps
+    python -m benchmark.run --suite humanoid --hours 2.5 --algorithm reppo    # both make Figure 5, left
     python -m benchmark.run --ablation epsilon --tasks CheetahRun --seeds 3 --flags="--preset cpu"
 
 The same command again skips what is finished and continues what was interrupted; Ctrl-C lets every run write
@@ -41,7 +43,6 @@ ABLATIONS = {
     "epsilon": Ablation("isaaclab", tuple("0.01 0.05 0.1 0.2 0.4 1 5 10 50".split()), "--trust-region-bound"),
     "evaluation": Ablation("humanoid", tuple("sde ode-0.5 ode-0.75 ode-1 ode-1.25 ode-1.5 best-of-10 "
                                              "best-of-20".split())),
-    "wall-clock": Ablation("humanoid", N_STEPS, "--num-diffusion-steps"),  # Figure 5, left
     "denoising": Ablation("humanoid", N_STEPS, "--num-diffusion-steps")}  # Figure 5, right
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Options:
     flags: str = ""  # further flags of the scripts, as in --flags="--preset cpu"
     log_dir: str = "runs"  # parent of the run folders, of logs/ and of evaluations/
     # vary this; default suite: the paper's
-    ablation: Literal["epsilon", "denoising", "evaluation", "wall-clock"] | None = None
+    ablation: Literal["epsilon", "denoising", "evaluation"] | None = None
     values: tuple[str, ...] = ()  # of what the ablation varies; default: the paper's
-    hours: float = 2.5  # that every run of --ablation wall-clock may take
+    # train each run for so many hours, evaluations and checkpoints not counted, instead of so many steps
+    hours: float | None = None
     vmap_seeds: int = 1  # seeds that one process trains side by side, on Playground
     # processes at a time; default: one for each GPU, or one on a CPU; with --slurm: no limit
     workers: int | None = None
@@ -97,9 +99,10 @@ def chosen_tasks(options: Options) -> list[Task]:
     return chosen
 
 def sweep_name(options: Options) -> str:
-    """The sweep's name, which tells a baseline's runs from TruDi's."""
+    """The sweep's name, which tells a baseline's runs from TruDi's, and a limit of hours."""
     name, algorithm = options.name or options.algorithm, options.algorithm
-    return name if algorithm == ALGORITHMS[0] or name.startswith(algorithm) else f"{algorithm}-{name}"
+    name = name if algorithm == ALGORITHMS[0] or name.startswith(algorithm) else f"{algorithm}-{name}"
+    return name if options.hours is None else f"{name}-wall-clock-{options.hours:g}h"
 
 def evaluation_flags(value: str) -> tuple[str, ...]:
     """The flags that evaluate as sde, ode-C or best-of-K says; exits with code 2 on anything else."""
@@ -125,18 +128,17 @@ def variants(options: Options) -> list[dict]:
     for value in values:
         if not value.replace(".", "", 1).isdigit():
             fail(f"--values of --ablation {kind} are numbers, not {value}")
-    if kind == "wall-clock":
-        name, hours = f"{sweep}-wall-clock-{options.hours:g}h", options.hours
-        return [dict(exp_name=f"{name}-{value}", hours=hours, flags=(*flags, ablation.flag, value))
-                for value in values]
     return [dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value))
             for value in values]
 
 def endless(unit: Unit) -> Unit:
-    """A unit with a limit of hours, with ten times its steps if they are not given: more than it can take."""
-    if unit.hours is None or any(word.startswith("--total-timesteps") for word in unit.flags):
+    """A unit with a limit of hours, with a thousand times its steps if they are not given: more than it can
+    take."""
+    given = any(word.startswith("--total-timesteps") for word in unit.flags)
+    if unit.hours is None or unit.evaluation or given:
         return unit
-    return dataclasses.replace(unit, flags=(*unit.flags, "--total-timesteps", str(10 * unit.total_timesteps)))
+    steps = str(1000 * unit.total_timesteps)
+    return dataclasses.replace(unit, flags=(*unit.flags, "--total-timesteps", steps))
 
 def check(options: Options, tasks: list[Task]) -> None:
     """Exit with code 2 on options that cannot be meant."""
@@ -148,7 +150,11 @@ def check(options: Options, tasks: list[Task]) -> None:
     vmapped = any(task.script.endswith("_mjx") for task in tasks)
     rules = [(options.seeds > 0 and options.vmap_seeds > 0, "--seeds and --vmap-seeds must be positive"),
              (options.workers is None or options.workers > 0, "--workers must be positive"),
-             (options.hours > 0 and options.slurm_hours > 0, "--hours and --slurm-hours must be positive"),
+             ((options.hours is None or options.hours > 0) and options.slurm_hours > 0,
+              "--hours and --slurm-hours must be positive"),
+             (options.algorithm != "dppo" or options.hours is None or "total_timesteps" in given_values(flags),
+              "the learning rate of dppo falls to 0 at its last step; with --hours, --flags must have the "
+              "--total-timesteps that it does in them"),
              (options.ablation or not options.values, "--values needs an --ablation"),
              (options.algorithm == ALGORITHMS[0] or not options.ablation,
               "--ablation is of TruDi, not of another --algorithm"),
@@ -170,7 +176,8 @@ def plan(options: Options) -> list[Unit]:
     for task in tasks:
         side = options.vmap_seeds if task.script.endswith("_mjx") else 1
         units += [endless(Unit(task, seed=first, num_seeds=min(side, options.seeds + 1 - first),
-                               python=python.get(task.suite, sys.executable), **variant))
+                               python=python.get(task.suite, sys.executable), hours=options.hours,
+                               **variant))
                   for variant in variants(options) for first in range(1, options.seeds + 1, side)]
     return sorted(units, key=lambda unit: unit.seed)
 

@@ -3,6 +3,7 @@ side by side), checkpoints."""
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -51,6 +52,11 @@ class Run:
         """The last event of the seed that is least far, with step 0 and wall_time 0 before the first one."""
         return min((last_event(path) for path in self.logs.values()), key=lambda event: event["step"])
 
+    def training_seconds(self) -> float:
+        """Seconds of training so far of the seed that is least far."""
+        return min(training_seconds(path, path.stat().st_mtime_ns) if path.exists() else 0.0
+                   for path in self.logs.values())
+
     def end(self, total_timesteps: int | None = None) -> int:
         """The step at which a run of so many environment steps ends; default: of its arguments' number."""
         total = self.args["total_timesteps"] if total_timesteps is None else total_timesteps
@@ -91,6 +97,18 @@ def events(path: pathlib.Path) -> list[dict[str, Any]]:
     """All events of a metrics.jsonl; without the last line that a killed run may have half written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+def training_times(log: list[dict[str, Any]]) -> list[float]:
+    """Seconds of training until each event: environment steps over charts/SPS, their speed, which is that of
+    iterations alone, where wall_time has evaluations and checkpoints too. Compilation is in neither."""
+    steps = [0, *(event["step"] for event in log)]
+    return list(itertools.accumulate((step - before) / event["charts/SPS"]
+                                     for before, step, event in zip(steps, steps[1:], log, strict=False)))
+
+@functools.cache
+def training_seconds(path: pathlib.Path, _changed: int) -> float:
+    """Seconds of training in a metrics.jsonl, read again only if it has changed."""
+    return max(training_times(events(path)), default=0.0)
 
 def last_event(path: pathlib.Path) -> dict[str, Any]:
     """The last whole event of a metrics.jsonl, read from its end."""

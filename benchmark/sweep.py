@@ -31,7 +31,7 @@ class Unit:
     seed: int  # the first one
     num_seeds: int = 1  # trained side by side
     flags: tuple[str, ...] = ()  # further ones of the script
-    hours: float | None = None  # stop when the run has taken so long, instead of at its last step
+    hours: float | None = None  # stop once the run has trained for so long, or is at its last step
     evaluation: str | None = None  # how the finished run is evaluated, instead of being trained
     python: str = sys.executable  # the interpreter
 
@@ -57,6 +57,7 @@ class State:
     run: Run | None  # the run folder it has, if any
     step: int = 0  # environment steps of each seed so far
     wall_time: float = 0.0  # seconds so far, without compilation
+    training_seconds: float = 0.0  # of them, without evaluations and checkpoints; where there is a limit
 
 def fail(message: str) -> NoReturn:
     """Refuse bad input: one line on stderr and exit code 2."""
@@ -107,9 +108,8 @@ def result_path(unit: Unit, log_dir: pathlib.Path) -> pathlib.Path:
 
 def is_trained(unit: Unit, run: Run) -> bool:
     """Whether a run is at the unit's end: at the last step, evaluated, or at the limit of hours if any."""
-    if unit.hours is not None:
-        return run.last()["wall_time"] >= unit.hours * 3600
-    return run.finished(unit.total_timesteps)
+    over = unit.hours is not None and run.training_seconds() >= unit.hours * 3600
+    return over or run.finished(unit.total_timesteps)
 
 def assess(unit: Unit, runs: Iterable[Run], log_dir: pathlib.Path) -> State:
     """How far a unit is, as its files tell."""
@@ -122,7 +122,7 @@ def assess(unit: Unit, runs: Iterable[Run], log_dir: pathlib.Path) -> State:
         evaluated = path.exists() and json.loads(path.read_text())["step"] == step
         return State("finished" if evaluated else "waiting", run, 0, wall_time)
     kind = "finished" if is_trained(unit, run) else "diverged" if run.diverged else "waiting"
-    return State(kind, run, step, wall_time)
+    return State(kind, run, step, wall_time, run.training_seconds() if unit.hours else 0.0)
 
 # ---------------------------------------------------------------------------------------------------- command
 def command(unit: Unit, run: Run | None, log_dir: pathlib.Path) -> list[str]:

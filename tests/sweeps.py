@@ -47,7 +47,8 @@ while done < given.total_timesteps // 10 * 10 and not received:
         sys.exit(1)
     for path in folders:
         path.mkdir(exist_ok=True)
-        event = {"step": done, "wall_time": done / 10.0, "charts/SPS": 10.0}
+        # a second of training for each iteration, and more where evaluations take time
+        event = {"step": done, "wall_time": done / 10.0 * float(os.environ.get("FAKE_WALL", "1")), "charts/SPS": 10.0}
         if done >= given.total_timesteps // 10 * 10:
             event["eval/episodic_return"] = float(done)
         with (path / "metrics.jsonl").open("a") as file:
@@ -59,17 +60,19 @@ sys.exit(128 + received[0] if received else 0)
 
 
 def write_run(root, env_id, seed, values, *, script="trudi_mjx", exp_name="trudi", total=None, step=100, hours=1.0, seeds=1,
-              wall_time=None, **args):
-    """A run folder with evaluations `values` at multiples of `step`, or for several seeds a list of such lists."""
+              other_hours=0.0, **args):
+    """A run folder with evaluations `values` at multiples of `step`, or for several seeds a list of such lists; trained for
+    `hours`, to which evaluations and checkpoints add `other_hours`."""
     folder = pathlib.Path(root, f"{env_id}__{exp_name}__{seed}__{len(list(pathlib.Path(root).glob('*')))}")
     lists = values if seeds > 1 else [values]
     end = step * len(lists[0])
     args = dict(env_id=env_id, exp_name=exp_name, seed=seed, num_seeds=seeds, num_envs=10, num_steps=10, hidden_dim=4,
-                device="cpu", total_timesteps=total or end, batch_size=step, **args)
+                **args, device="cpu", total_timesteps=total or end, batch_size=step)
     for k, own in enumerate(lists):
         path = folder / (f"seed_{seed + k}" if seeds > 1 else "")
         path.mkdir(parents=True, exist_ok=True)
-        rows = [{"step": step * (i + 1), "wall_time": (i + 1) / len(own) * hours * 3600, "charts/SPS": 1.0,
+        seconds = 3600 * (hours + other_hours)
+        rows = [{"step": step * (i + 1), "wall_time": (i + 1) / len(own) * seconds, "charts/SPS": end / (hours * 3600),
                  "eval/episodic_return": float(value)} for i, value in enumerate(own)]
         (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "args.json").write_text(json.dumps({"args": args, "script": script, "device": "1 x test"}))

@@ -25,7 +25,7 @@ from sweeps import SCRIPT, write_evaluation, write_run
 
 from benchmark import local, outcomes, run, sweep, tasks
 from benchmark.local import Machine
-from benchmark.runs import RETURN, find_runs, furthest
+from benchmark.runs import RETURN, find_runs, furthest, training_times
 from benchmark.sweep import Unit
 
 ROOT = pathlib.Path(run.__file__).parent.parent
@@ -380,8 +380,8 @@ def test_ablations_are_sweeps(fake):
     assert go(fake, planned) == 0
     assert {r.args["trust_region_bound"] for r in find_runs([fake / "runs"])} == {0.01, 50.0}
     everything = [run.plan(run.Options(ablation=name, seeds=1)) for name in run.ABLATIONS]
-    assert [len(x) for x in everything] == [6 * 9, 4 * 8, 4 * 5, 4 * 5]
-    assert {u.flags for u in everything[3]} == {("--num-diffusion-steps", n) for n in ("1", "4", "8", "16", "32")}
+    assert [len(x) for x in everything] == [6 * 9, 4 * 8, 4 * 5]
+    assert {u.flags for u in everything[2]} == {("--num-diffusion-steps", n) for n in ("1", "4", "8", "16", "32")}
 
 
 def test_evaluations_of_finished_runs(fake, monkeypatch, capsys):
@@ -401,15 +401,41 @@ def test_evaluations_of_finished_runs(fake, monkeypatch, capsys):
     assert kinds(fake, longer) == ["waiting"] * 3
 
 
-def test_wall_clock_stops_runs_when_their_hours_are_over(fake, monkeypatch):
-    monkeypatch.setenv("FAKE_PAUSE", "0.05")  # each iteration counts as a second of training
-    planned = units(fake, ablation="wall-clock", tasks=("CheetahRun",), seeds=1, values=("8",), hours=5 / 3600,
-                    flags="--preset cpu")
-    assert planned[0].flags[-2:] == ("--total-timesteps", "20000000")
+@pytest.mark.parametrize("algorithm", ["trudi", "reppo"])
+def test_runs_stop_when_their_hours_are_over(fake, monkeypatch, algorithm):
+    """An iteration is a second of training and, with evaluations, ten of the clock."""
+    (fake / "benchmark" / "baselines").mkdir(parents=True)
+    (fake / "benchmark" / "baselines" / "reppo_mjx.py").write_text(SCRIPT)
+    monkeypatch.setenv("FAKE_PAUSE", "0.05")
+    monkeypatch.setenv("FAKE_WALL", "10")
+    planned = units(fake, algorithm=algorithm, tasks=("CheetahRun",), seeds=1, hours=5 / 3600, flags="--preset cpu")
+    assert planned[0].flags[-2:] == ("--total-timesteps", "2000000000")
     assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"]
     found, = find_runs([fake / "runs"])
-    assert 50 <= found.last()["step"] == found.checkpoint < 20_000_000
-    assert found.args["exp_name"] == "trudi-wall-clock-0.00138889h-8"
+    assert 50 <= found.last()["step"] == found.checkpoint < 1000
+    assert found.args["exp_name"] == f"{algorithm}-wall-clock-0.00138889h"
+    longer = units(fake, algorithm=algorithm, tasks=("CheetahRun",), seeds=1, hours=1.0, flags="--preset cpu")
+    assert kinds(fake, longer) == ["waiting"]  # not these runs
+
+
+def test_ablations_and_evaluations_take_hours_too(fake):
+    chosen = dict(tasks=("CheetahRun",), seeds=1, hours=0.5, flags="--preset cpu")
+    unit, = units(fake, ablation="denoising", values=("4",), **chosen)
+    assert (unit.exp_name, unit.hours) == ("trudi-wall-clock-0.5h-denoising-4", 0.5)
+    unit, = units(fake, ablation="evaluation", values=("sde",), **chosen)
+    assert (unit.exp_name, unit.hours) == ("trudi-wall-clock-0.5h", 0.5) and "--total-timesteps" not in unit.flags
+
+
+def test_run_with_hours_and_steps_ends_at_the_first_of_them(fake):
+    planned = units(fake, tasks=("CheetahRun",), seeds=1, hours=1.0)
+    assert go(fake, planned) == 0 and kinds(fake, planned) == ["finished"]
+    assert find_runs([fake / "runs"])[0].last()["step"] == 50
+
+
+def test_progress_in_hours_is_of_training():
+    unit = Unit(tasks.tasks_of(["dmc"])[0], "x", 1, hours=1.0)
+    state = sweep.State("waiting", None, 10, wall_time=3600.0, training_seconds=900.0)
+    assert local.progress(unit, state) == 0.25 and local.seconds_left(unit, state) == 3 * 3600
 
 
 BAD = {
@@ -423,6 +449,8 @@ BAD = {
     "--suite isaaclab --algorithm ppo --vmap-seeds 2": "--vmap-seeds is for trudi_mjx.py",
     "--ablation epsilon --tasks CheetahRun --algorithm reppo": "--ablation is of TruDi",
     "--suite dmc --values 1": "--values needs an --ablation",
+    "--suite dmc --hours 0": "--hours and --slurm-hours must be positive",
+    "--suite dmc --algorithm dppo --hours 1": "the learning rate of dppo falls to 0 at its last step",
     "--suite dmc --ablation epsilon --values x": "are numbers, not x",
     "--suite dmc --ablation evaluation --values best-of-x": "are sde, ode-C or best-of-K",
     "--suite dmc --flags=--preset=tiny": "there is no --preset tiny",
@@ -705,9 +733,66 @@ def test_matched_wall_clock(analyze, tmp_path):
     write_run(root, "CheetahRun", 1, [0, 70, 90, 100.0], exp_name="slow", hours=2.0)
     write_run(root, "CheetahRun", 1, [20.0, 400], exp_name="late", hours=4.0, step=200)
     page = analyze(root, out=tmp_path / "out")
-    assert "| fast | 60.0 ± 0.0 | 300.00 | 300.00 at 60.0 |" in page
-    assert "| slow | 120.0 ± 0.0 | 100.00 | 70.00 at 60.0 |" in page
-    assert "| late | 240.0 ± 0.0 | 400.00 | none at 60.0 |" in page
+    assert "| fast | 60.0 ± 0.0 | 0.0 | 300.00 | 300.00 at 60.0 |" in page
+    assert "| slow | 120.0 ± 0.0 | 0.0 | 100.00 | 70.00 at 60.0 |" in page
+    assert "| late | 240.0 ± 0.0 | 0.0 | 400.00 | none at 60.0 |" in page
+
+
+def test_evaluations_are_not_in_matched_time(analyze, tmp_path):
+    """Both train for an hour and learn alike; evaluations and checkpoints take one of them half an hour more, at the end."""
+    root = tmp_path / "runs"
+    write_run(root, "CheetahRun", 1, [0, 100, 200, 300.0], exp_name="quick")
+    folder = write_run(root, "CheetahRun", 1, [0, 100, 200, 300.0], exp_name="watched", other_hours=0.5)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    for line, minutes in zip(lines, (15, 30, 45, 90), strict=True):
+        line["wall_time"] = 60.0 * minutes
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = analyze(root, out=tmp_path / "out")
+    assert "| quick | 60.0 ± 0.0 | 0.0 | 300.00 | 300.00 at 60.0 |" in page
+    assert "| watched | 60.0 ± 0.0 | 30.0 | 300.00 | 300.00 at 60.0 |" in page
+    rows = table(tmp_path / "out" / "runs.csv").query("state == 'finished'").set_index("group")
+    assert rows.last_hours.to_dict() == {"quick": 1.0, "watched": 1.0} and rows.other_hours["watched"] == 0.5
+    curves = table(tmp_path / "out" / "wall_clock.csv")
+    quick, watched = (curves[curves.group == name].iqm.to_numpy() for name in ("quick", "watched"))
+    np.testing.assert_allclose(quick, watched)
+
+
+def test_training_time_of_a_log():
+    """Of 100 steps at 50 a second, 100 at 25 and, where an iteration in between was not logged, 200 at 100."""
+    log = [{"step": step, "charts/SPS": speed, "wall_time": 99.0} for step, speed in ((100, 50), (200, 25), (400, 100))]
+    assert training_times(log) == [2, 6, 8] and training_times([]) == []
+
+
+def test_training_time_of_a_real_run():
+    """A committed one of 39 s with 5 evaluations and checkpoints of 2 to 3 s each."""
+    folder = ROOT / "benchmark/results/baselines/curves/CheetahRun__ppo__1__1795439190"
+    found, = find_runs([folder])
+    assert 0.6 < found.training_seconds() / found.last()["wall_time"] < 0.7
+
+
+def test_equal_hours_of_algorithms(analyze, tmp_path):
+    """Figure 5, left: groups of equal hours together, over hours, and not with those of equal steps."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    for seed in (1, 2):
+        write_run(root, "CheetahRun", seed, [0, 500.0], exp_name="trudi", hours=1.0)
+        for script, factor in (("trudi", 1.0), ("reppo", 2.0), ("ppo", 3.0)):
+            values = list(np.linspace(0, 100 * factor + seed, 5))
+            write_run(root, "CheetahRun", seed, values, script=f"{script}_mjx", exp_name=f"{script}-wall-clock-0.5h",
+                      hours=0.51, total=10**6)
+    write_run(root, "CheetahRun", 3, [7.0], exp_name="trudi-wall-clock-0.5h", hours=0.2, total=10**6)  # not at its end
+    write_run(root, "CheetahRun", 1, [0, 9.0], script="dime_mjx", exp_name="dime-wall-clock-2h", hours=2.1, total=10**6)
+    page = analyze(root, out=out)
+    groups = ["trudi-wall-clock-0.5h", "reppo-wall-clock-0.5h", "ppo-wall-clock-0.5h"]
+    curves = table(out / "wall_clock_0.5h.csv")
+    assert set(curves.group) == set(groups) and curves.hours.max() == pytest.approx(0.51)
+    assert curves.groupby("group").iqm.last()[groups].round(6).tolist() == [101.5, 201.5, 301.5]
+    assert set(table(out / "wall_clock_2h.csv").group) == {"dime-wall-clock-2h"}
+    for name in ("wall_clock", "suites"):
+        assert set(table(out / f"{name}.csv").group) == {"trudi"}
+    assert "## Wall clock of 0.5 hours each" in page and "Figure 5, left" in page
+    assert "| reppo-wall-clock-0.5h | 30.6 ± 0.0 | 0.0 | 201.50 [201.00, 202.00] | 201.50 [201.00, 202.00] at 30.6 |" in page
+    assert "trudi-wall-clock-0.5h, MuJoCo Playground, DeepMind Control, unfinished: CheetahRun (seed 3; at 100)" in page
+    assert "| CheetahRun | reppo-wall-clock-0.5h | 2 |" not in page  # among those of equal steps
 
 
 def test_matched_wall_clock_is_of_each_task(analyze, tmp_path):
@@ -732,8 +817,8 @@ def test_equal_steps(analyze, tmp_path):
     assert "| CheetahRun | long | 1 | 300.0 | 400 | 60.0 |" in whole.replace("|  |", "|")
     assert "| CheetahRun | long | 1 | 50.0 | 200 | 30.0 |" in cut.replace("|  |", "|")
     assert "compared after 200 environment steps" in cut
-    assert "| long | 60.0 ± 0.0 | 300.00 |" in cut
-    assert "| short | 60.0 ± 0.0 | 100.00 |" in cut
+    assert "| long | 60.0 ± 0.0 | 0.0 | 300.00 |" in cut
+    assert "| short | 60.0 ± 0.0 | 0.0 | 100.00 |" in cut
 
 
 def test_returns_of_isaac_lab_are_normalised(analyze, tmp_path):
@@ -745,14 +830,85 @@ def test_returns_of_isaac_lab_are_normalised(analyze, tmp_path):
     assert rows.iqm.to_dict() == {"a": 1.0, "b": 0.5}
 
 
+def scores_of(analyze, tmp_path, env_id, curves):
+    """Normalised last scores and those at matched time of groups' curves, by group."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    shutil.rmtree(root, ignore_errors=True)
+    for group, (hours, *seeds) in curves.items():
+        for seed, values in enumerate(seeds, 1):
+            write_run(root, env_id, seed, values, exp_name=group, script="trudi_isaaclab", hours=hours)
+    page = analyze(root, out=out)
+    rows = re.findall(r"^\| Isaac Lab \| (\w+) \| [^|]*± [^|]*\| [^|]*\| (\S+) [^|]*\| (\S+) [^|]*at [^|]*\|", page, re.M)
+    last = {group: float(value) for group, value, _ in rows}
+    ends = table(out / "suites.csv").groupby("group").iqm.last().round(2).to_dict()
+    assert last == ends
+    return last, {group: float(value) for group, _, value in rows}
+
+
+ISAAC = "Isaac-Velocity-Flat-G1-v0"
+
+
+@pytest.mark.parametrize("shift", [0.0, -1000.0, 1000.0])
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+def test_normalised_scores_do_not_depend_on_where_returns_are(analyze, tmp_path, shift, factor):
+    """0 is the lower of the first evaluations and 1 the higher of the last ones, also of negative returns."""
+    curves = {"a": (1.0, [-100, -10.0]), "b": (1.0, [-90, -55.0])}
+    moved = {group: (hours, *[[factor * x + shift for x in own] for own in seeds]) for group, (hours, *seeds) in curves.items()}
+    assert scores_of(analyze, tmp_path, ISAAC, moved)[0] == {"a": 1.0, "b": 0.5}
+
+
+def test_normalised_scores_of_groups_that_do_not_learn(analyze, tmp_path):
+    """Worse than at first is below 0 or between; constant returns are no division by zero."""
+    assert scores_of(analyze, tmp_path, ISAAC, {"a": (1.0, [-10, -30.0]), "b": (1.0, [0, -5.0])})[0] == {"a": -2.0, "b": 0.5}
+    assert scores_of(analyze, tmp_path, ISAAC, {"a": (1.0, [3, 3.0]), "b": (1.0, [3, 3.0])})[0] == {"a": 0.0, "b": 0.0}
+
+
+def test_scores_at_matched_time_are_normalised(analyze, tmp_path):
+    """The slow one has half of its hours by then, at its second evaluation."""
+    curves = {"fast": (1.0, [-100, -60, -20, 100.0]), "slow": (2.0, [-100, 0, 40, 80.0])}
+    last, matched = scores_of(analyze, tmp_path, ISAAC, curves)
+    assert last == {"fast": 1.0, "slow": 0.9} and matched == {"fast": 1.0, "slow": 0.5}
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert f"| {ISAAC.removesuffix('-v0')} | 60.00 | slow | 0.50 |" in page
+    assert page.count("Returns of Isaac Lab are normalised for each task") == 2
+
+
+def test_last_evaluation_counts_not_the_best(analyze, tmp_path):
+    root, out = tmp_path / "runs", tmp_path / "out"
+    for group, bound, own in (
+            ("falls", 0.1, [0, 100, 60.0]), ("falls-epsilon-1", 1.0, [0, 90, 30.0]), ("falls-epsilon-5", 5.0, [0, 80, 20.0]),
+            ("falls-wall-clock-0.9h", 0.1, [0, 70, 10.0]), ("rises", 0.1, [0, 40, 80.0])):
+        write_run(root, "CheetahRun", 1, own, exp_name=group, trust_region_bound=bound)
+    page = analyze(root, out=out)
+    finals = table(out / "runs.csv").query("state == 'finished'").set_index("group").final.to_dict()
+    assert finals == {"falls": 60, "falls-epsilon-1": 30, "falls-epsilon-5": 20, "falls-wall-clock-0.9h": 10, "rises": 80}
+    assert "| CheetahRun | falls | 1 | 60.0 |" in page and "| falls | 1 of 20 | 1 | 60.0 |" in page
+    assert "| falls | 60.0 ± 0.0 | 0.0 | 60.00 | 60.00 at 60.0 |" in page
+    assert "| falls-wall-clock-0.9h | 60.0 ± 0.0 | 0.0 | 10.00 | 10.00 at 60.0 |" in page
+    assert "\n| 1 | 1 | 30.0 |" in page and "\n| 5 | 1 | 20.0 |" in page
+    better = table(out / "improvement.csv").iloc[0]
+    assert (better.x, better.y, better.probability) == ("falls", "rises", 0.0)
+    profile = table(out / "profiles.csv").query("group == 'falls'")
+    assert profile[profile.share == 1].threshold.max() < 60 <= profile[profile.share == 0].threshold.min()
+
+
+def test_success_is_of_the_last_evaluation(analyze, tmp_path):
+    folder = write_run(tmp_path / "runs", "PushCube-v1", 1, [0, 9, 5.0], script="trudi_maniskill")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    text = (json.dumps(line | {"eval/success_once": share}) + "\n" for line, share in zip(lines, (0, 0.75, 0.25), strict=True))
+    (folder / "metrics.jsonl").write_text("".join(text))
+    assert "| PushCube-v1 | trudi | 1 | 5.0 | 0.25 |" in analyze(tmp_path / "runs", out=tmp_path / "out")
+
+
 def test_pages_of_ablations(analyze, tmp_path):
     root, out = tmp_path / "runs", tmp_path / "out"
     for value, top in ((0.01, 10.0), (0.1, 30.0), (10, 5.0)):
         for seed in (1, 2):
-            write_run(root, "CheetahRun", seed, [0, top + seed], exp_name=f"s-epsilon-{value:g}")
+            write_run(root, "CheetahRun", seed, [0, top + seed], exp_name=f"s-epsilon-{value:g}", trust_region_bound=value)
     write_run(root, "CheetahRun", 1, [3.0], exp_name="s-epsilon-50", total=200)
-    for n, hours in ((4, 0.5), (8, 0.51), (16, 0.3)):
-        write_run(root, "CheetahRun", 1, [0, 10.0 * n], exp_name=f"s-wall-clock-0.5h-{n}", total=10**6, hours=hours)
+    for n, hours in ((4, 0.51), (8, 0.52), (16, 0.3)):
+        name = f"s-wall-clock-0.5h-denoising-{n}"
+        write_run(root, "CheetahRun", 1, [0, 10.0 * n], exp_name=name, total=10**6, hours=hours, num_diffusion_steps=n)
     for seed in (1, 2, 3):
         write_evaluation(root, "CheetahRun", seed, "sde", 10.0 * seed, 200)
         write_evaluation(root, "CheetahRun", seed, "ode-1", 11.0 * seed, 200)
@@ -760,11 +916,49 @@ def test_pages_of_ablations(analyze, tmp_path):
     page = analyze(root, out=out)
     rows = table(out / "ablation_s_epsilon_dmc.csv").query("environment_steps == 200").set_index("value")
     assert rows.iqm.to_dict() == {0.01: 11.5, 0.1: 31.5, 10: 6.5} and "without a finished run: 50" in page
-    timed = table(out / "ablation_s_wall-clock_dmc.csv").groupby("value").iqm.last()
-    assert timed.to_dict() == {4: 40.0, 8: 80.0} and "without a finished run: 16" in page
+    timed = table(out / "ablation_s-wall-clock-0.5h_denoising_dmc.csv")
+    assert timed.groupby("value").iqm.last().to_dict() == {4: 40.0, 8: 80.0} and "without a finished run: 16" in page
+    assert timed.hours.max() == pytest.approx(0.52)
     modes = table(out / "ablation_evaluation.csv").set_index("evaluation")
     assert modes.iqm.to_dict() == {"sde": 20.0, "ode-1": 22.0} and set(modes.incomplete) == {1}
     assert (out / "ablation_evaluation.png").exists() and not (out / "suites.png").exists()
+
+
+def test_default_is_listed_once(analyze, tmp_path):
+    """N = 8, ε = 0.1 and the sweep itself, which went on for longer, are one experiment."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    values = {"s": (8, 0.1, [0, 10, 20.0]), "s-denoising-4": (4, 0.1, [0, 5.0]), "s-denoising-8": (8, 0.1, [0, 10.0]),
+              "s-epsilon-0.1": (8, 0.1, [0, 10.0]), "s-epsilon-1": (8, 1.0, [0, 7.0]), "s-epsilon-5": (8, 5.0, [0, 6.0]),
+              "before": (8, 0.1, [0, 10.0]), "after": (8, 0.1, [0, 12.0])}  # another text of the script, say
+    for name, (n, bound, own) in values.items():
+        for seed in (1, 2):
+            write_run(root, "CheetahRun", seed, own, exp_name=name, num_diffusion_steps=n, trust_region_bound=bound)
+    page = analyze(root, out=out)
+    counts = page.partition("## Tasks")[0]
+    listed = re.findall(r"^\| MuJoCo Playground, DeepMind Control \| ([\w.-]+) \| 1 \| 2 \|", counts, re.M)
+    assert sorted(listed) == sorted(set(values) - {"s-denoising-8", "s-epsilon-0.1"})
+    assert counts.count("the same runs as s's and counted there: CheetahRun (seed 1, 2; at 200)") == 2
+    same = table(out / "runs.csv").dropna(subset="same_as")
+    assert same.groupby("group").same_as.apply(list).to_dict() == {"s-denoising-8": ["s"] * 2, "s-epsilon-0.1": ["s"] * 2}
+    for row in ("8 (= s) | 2 | 10.0", "4 | 2 | 5.0", "0.1 (= s) | 2 | 10.0", "1 | 2 | 7.0"):
+        assert f"\n| {row} " in page
+
+
+def test_ablations_share_their_default(analyze, tmp_path):
+    """Without a sweep as far as they are."""
+    root = tmp_path / "runs"
+    for name, own in (("s", [0.0]), ("s-denoising-8", [0, 10.0]), ("s-epsilon-0.1", [0, 10.0])):
+        write_run(root, "CheetahRun", 1, own, exp_name=name, num_diffusion_steps=8, trust_region_bound=0.1)
+    assert "s-epsilon-0.1, MuJoCo Playground, DeepMind Control, the same runs" not in analyze(root, out=tmp_path / "out")
+    shutil.rmtree(next(root.glob("*__s__*")))
+    page = analyze(root, out=tmp_path / "out")
+    assert "s-epsilon-0.1, MuJoCo Playground, DeepMind Control, the same runs as s-denoising-8's" in page
+
+
+def test_page_of_the_sweep_has_every_experiment_once():
+    page = (ROOT / "benchmark/results/sweep/README.md").read_text().partition("## Tasks")[0]
+    rows = re.findall(r"^\| MuJoCo Playground, DeepMind Control \| ([\w.-]+) \|", page, re.M)
+    assert "trudi" in rows and not {"trudi-denoising-8", "trudi-epsilon-0.1"} & set(rows) and len(rows) == 9
 
 
 def test_page_of_behavior_entropy(analyze, tmp_path):
@@ -789,7 +983,7 @@ def test_cost_counts_only_the_papers_sizes(analyze, tmp_path):
     page = analyze(root, out=tmp_path / "out")
     assert "| MuJoCo Playground, DeepMind Control | 20 | 50,000,000 | 1,000 | 1 x test | 2,778 |" in page
     assert "| Isaac Lab | 6 | 300,000,000 | not measured |" in page
-    assert "78 hours for forty" in page  # 40 x 1.95
+    assert "forty of TruDi's are 78 hours" in page  # 40 x 1.95
     # A run's learner does 0.95 of a humanoid's operations: 200 x 1.95 x 0.95 hours.
     assert re.search(r"all would take 1,5\d\d hours of such a GPU: MuJoCo Playground, DeepMind Control 37\d,", page)
 
@@ -802,6 +996,34 @@ def test_nothing_to_analyse_is_refused_in_one_line(analyze, tmp_path, monkeypatc
         analyze(*sources, out=tmp_path / "out")
     err = capsys.readouterr().err
     assert error.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_hours_of_the_paper_are_cited(analyze, tmp_path, in_benchmark):
+    """Table 2: of the four methods, in the table of the wall clock, in the text of the cost, and among the estimates."""
+    write_run(tmp_path / "runs", "G1JoystickFlatTerrain", 1, [0, 5.0])
+    page = analyze(tmp_path / "runs", out=tmp_path / "out")
+    rows = {"TruDi": "117 ± 28 |  | 34.8 ± 3.0", "REPPO": "64 ± 21 |  | 29.6 ± 7.2", "DIME": "83 ± 22 |  | 15.6 ± 9.4",
+            "PPO": "57 ± 21 |  | 0.1 ± 3.7"}
+    for method, row in rows.items():
+        assert f"| MuJoCo Playground, humanoids | {method} (cited) | {row} |  | A100 or H100 |" in page
+    assert "1.95 for TruDi, 1.07 for REPPO, 1.38 for DIME, 0.95 for PPO" in page
+    cited = in_benchmark("estimate").cited_table()
+    assert "| PPO | 0.95 ± 0.35 | 0.1 ± 3.7 | 38 |" in cited and "| DIME | 1.38 ± 0.36 | 15.6 ± 9.4 | 55 |" in cited
+    assert cited in (ROOT / "benchmark/results/estimates.md").read_text()
+
+
+def test_cited_hours_are_those_of_the_paper():
+    source = ROOT.parent / "shared" / "paper" / "trudi.txt"
+    if not source.exists():
+        pytest.skip("the paper is not here")
+    text = source.read_text().partition("Episode Return (IQM)")[2].partition("#####")[0]
+    words = re.split(r"(REPPO|PPO|DIME|TruDi)(?: \(Ours\))?", text)
+    printed = dict(zip(words[1::2], words[2::2], strict=True))
+    own = pd.read_csv(ROOT / "benchmark/anchors/humanoids.csv")
+    assert sorted(own.method) == sorted(printed)
+    for row in own.itertuples():
+        assert printed[row.method].startswith(f"{row.hours}±{row.hours_spread}{row.hours}"), row.method
+        assert f"{row.iqm}±{row.iqm_spread}" in printed[row.method], row.method
 
 
 def test_cited_returns_are_those_of_the_source():
