@@ -152,9 +152,6 @@ def check(options: Options, tasks: list[Task]) -> None:
              (options.workers is None or options.workers > 0, "--workers must be positive"),
              ((options.hours is None or options.hours > 0) and options.slurm_hours > 0,
               "--hours and --slurm-hours must be positive"),
-             (options.algorithm != "dppo" or options.hours is None or "total_timesteps" in given_values(flags),
-              "the learning rate of dppo falls to 0 at its last step; with --hours, --flags must have the "
-              "--total-timesteps that it does in them"),
              (options.ablation or not options.values, "--values needs an --ablation"),
              (options.algorithm == ALGORITHMS[0] or not options.ablation,
               "--ablation is of TruDi, not of another --algorithm"),

@@ -253,7 +253,8 @@ def reppo_batches(seed=0):
     sample = reppo_mjx.sample_gaussian(old, observation, normals([seed, 3], B, A))
     action = np.asarray(jnp.clip(sample.action, -0.999, 0.999))
     rest = (action, np.asarray(sample.mean), np.asarray(sample.std), 5 * normals([seed, 4], B))
-    return reppo_mjx.Batch(observation, observation, *rest), script.Batch(*map(torch.tensor, (observation, *rest))), noise
+    ours = reppo_mjx.Batch(observation, observation, *rest, following=None, terminated=None)  # of no auxiliary loss
+    return ours, script.Batch(*map(torch.tensor, (observation, *rest))), noise
 
 
 def test_reppo_samples_and_kl():

@@ -450,7 +450,6 @@ BAD = {
     "--ablation epsilon --tasks CheetahRun --algorithm reppo": "--ablation is of TruDi",
     "--suite dmc --values 1": "--values needs an --ablation",
     "--suite dmc --hours 0": "--hours and --slurm-hours must be positive",
-    "--suite dmc --algorithm dppo --hours 1": "the learning rate of dppo falls to 0 at its last step",
     "--suite dmc --ablation epsilon --values x": "are numbers, not x",
     "--suite dmc --ablation evaluation --values best-of-x": "are sde, ode-C or best-of-K",
     "--suite dmc --flags=--preset=tiny": "there is no --preset tiny",
