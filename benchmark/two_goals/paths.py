@@ -10,11 +10,12 @@ found equally often, 0 if but one is. Beside it stands what the critic makes of 
 values of a step to each lie apart, over alpha. A policy that follows exp(Q / alpha) has the odds of the two goals at e
 to this many nats.
 
-Results go to OUTPUT.json and .md; OUTPUT.png has the paths of the first seed of each task and algorithm.
+Results go to OUTPUT.json and .md; OUTPUT.png has the paths of each task and algorithm, a colour for each seed.
 """
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -35,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from common import RESULTS, markdown_table, write_json  # noqa: E402
 
 FOUND = 0.2  # distance from a goal
+COLOURS = ("#2a6f97", "#e09f3e", "#4c956c", "#6d597a")  # of seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,23 +154,24 @@ def as_markdown(table: pd.DataFrame) -> str:
     return markdown_table(header, rows)
 
 
-def draw(table: pd.DataFrame, paths: dict[tuple[str, str], dict[str, np.ndarray]], path: pathlib.Path) -> None:
-    """The paths of each task and algorithm (columns), its ways of acting one above the other."""
+def draw(table: pd.DataFrame, paths: dict[tuple[str, str], list[dict[str, np.ndarray]]], path: pathlib.Path) -> None:
+    """The paths of each task and algorithm (columns), all seeds, its ways of acting one above the other."""
     tasks, algorithms = (list(dict.fromkeys(table[name])) for name in ("task", "algorithm"))
-    most = max(map(len, paths.values())) - 1  # ways of acting
+    most = max(len(seeds[0]) for seeds in paths.values()) - 1  # ways of acting
     shape = (most * len(tasks), len(algorithms))
     figure, axes = plt.subplots(*shape, figsize=(2.2 * shape[1], 2.2 * shape[0]), squeeze=False)
     for panel in axes.flat:
         panel.axis("off")
-    for (task, algorithm), found in paths.items():
+    for (task, algorithm), seeds in paths.items():
         first = most * tasks.index(task)
-        for row, way in enumerate(name for name in found if name != "goals"):
+        for row, way in enumerate(name for name in seeds[0] if name != "goals"):
             panel = axes[first + row, algorithms.index(algorithm)]
-            centre = np.zeros((1, *found[way].shape[1:]))
-            across, up = np.concatenate([centre, found[way]]).transpose(2, 0, 1)
             panel.axis("on")
-            panel.plot(across, up, color="#2a6f97", alpha=0.15, linewidth=0.6)
-            panel.plot(*found["goals"].T, "o", color="#c44e52")
+            for found, colour in zip(seeds, itertools.cycle(COLOURS), strict=False):
+                centre = np.zeros((1, *found[way].shape[1:]))
+                across, up = np.concatenate([centre, found[way]]).transpose(2, 0, 1)
+                panel.plot(across, up, color=colour, alpha=0.15, linewidth=0.6)
+            panel.plot(*seeds[0]["goals"].T, "o", color="#c44e52")
             panel.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect="equal")
             panel.set_title(f"{task}: {algorithm}\n{way}", fontsize=7)
     figure.tight_layout()
@@ -179,11 +182,11 @@ def main() -> None:
     """Play, and write table and picture."""
     options = tyro.cli(Options)
     rows: list[dict[str, Any]] = []
-    paths: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    paths: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
     for run in options.runs:
         own, found = measure(run, options)
         rows += own
-        paths.setdefault((own[0]["task"], own[0]["algorithm"]), found)
+        paths.setdefault((own[0]["task"], own[0]["algorithm"]), []).append(found)
     table = pd.DataFrame(rows)
     output = pathlib.Path(options.output)
     write_json(output.with_suffix(".json"), {"episodes": options.episodes, "rows": rows})
