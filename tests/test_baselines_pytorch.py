@@ -34,9 +34,9 @@ CPU = torch.device("cpu")
 # of the export, which baselines lack.
 EXPORT = {"maniskill": "COMMAND_LINE_ONLY check_args main", "isaaclab": "COMMAND_LINE_ONLY check_args run"}
 OWN = {
-    "reppo": "PAPER Args MAY_CHANGE POSITIVE check_numbers Actor UPDATE_METRICS Learner Batch init_learner actor_loss "
-             "update_minibatch take_rows Programs update_epochs Transition empty_rollout sample_policy rollout critic_targets "
-             "update iterate evaluation_action warm_up check_contract",
+    "reppo": "PAPER Args MAY_CHANGE POSITIVE check_numbers Actor Critic UPDATE_METRICS Learner Batch init_learner critic_loss "
+             "actor_loss update_minibatch take_rows Programs update_epochs Transition empty_rollout sample_policy rollout "
+             "critic_targets update iterate evaluation_action warm_up check_contract",
     "dime": "INITIAL_DUAL Args MAY_CHANGE POSITIVE Actor UPDATE_METRICS Learner Batch init_learner actor_loss dual_loss "
             "update_minibatch take_rows Transition empty_rollout rollout update warm_up train",
     "ppo": "PAPER CPU Args MAY_CHANGE POSITIVE check_numbers Actor Critic UPDATE_METRICS Learner Batch init_learner "
@@ -253,8 +253,8 @@ def reppo_batches(seed=0):
     sample = reppo_mjx.sample_gaussian(old, observation, normals([seed, 3], B, A))
     action = np.asarray(jnp.clip(sample.action, -0.999, 0.999))
     rest = (action, np.asarray(sample.mean), np.asarray(sample.std), 5 * normals([seed, 4], B))
-    ours = reppo_mjx.Batch(observation, observation, *rest, following=None, terminated=None)  # of no auxiliary loss
-    return ours, script.Batch(*map(torch.tensor, (observation, *rest))), noise
+    rest += (normals([seed, 5], B, NUMBERS["hidden_dim"] + 1), np.arange(B) % 5 == 0)
+    return reppo_mjx.Batch(observation, observation, *rest), script.Batch(*map(torch.tensor, (observation, *rest))), noise
 
 
 def test_reppo_samples_and_kl():
@@ -304,6 +304,31 @@ def test_reppo_loss_and_gradient(share):
     dual = torch.autograd.grad(script.dual_loss(log_duals, args[1], other_entropy, other_kl, A), list(log_duals))
     expected = jax.grad(reppo_mjx.dual_loss)(duals, args[0], entropy, kl, A)
     close(dual, [expected["log_alpha"], expected["log_lambda"]])
+
+
+def test_reppo_auxiliary_loss():
+    """And its gradient; a state at which the episode terminated has none."""
+    args = [dataclasses.replace(x, aux_loss_scale=0.7) for x in pair("reppo")[0]]
+    ours, theirs, _ = reppo_batches()
+    critic = reppo_mjx.Critic(args[0], OBS, A, reppo_mjx.nnx.Rngs(3))
+    other = script_of("reppo").Critic(args[1], OBS, A)
+    named = {"prediction_hidden": "prediction.0.0", "prediction_norm": "prediction.0.1", "prediction_output": "prediction.1"}
+
+    def renamed(network):
+        found = as_torch("reppo", network)
+        return {next((x.replace(a, b) for a, b in named.items() if x.startswith(a)), x): v for x, v in found.items()}
+
+    other.load_state_dict(renamed(critic))
+    value, gradient = jax.value_and_grad(reppo_mjx.critic_loss)(critic, args[0], ours)
+    loss = script_of("reppo").critic_loss(other, args[1], theirs)
+    close(loss.detach(), value)
+    names, parameters = zip(*other.named_parameters(), strict=True)
+    expected = renamed(gradient)
+    for name, found in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+        close(found, expected[name], err_msg=name)
+        assert found.abs().max() > 0, name
+    theirs.following[::5] = torch.nan  # those that terminated
+    close(script_of("reppo").critic_loss(other, args[1], theirs).detach(), value)
 
 
 def test_reppo_updates():
@@ -628,6 +653,34 @@ def test_warming_up_changes_nothing_in_a_learner(algorithm, simulator):
     assert [x.data_ptr() for x in script.changing_tensors(state.learner)] == addresses
 
 
+def test_reppo_predicts_what_follows(monkeypatch):
+    """Features of the true next observations and of the actions that the targets are of, and rewards, in their states' rows."""
+    script, args = script_of("reppo"), small_args("reppo", aux_loss_scale=1.0)
+    env = script.ManiSkill(args, [AimScene(16)], 1, True)
+    env.start(0)
+    state, programs = script.prepare(script.Setup(args, CPU, env, env, 1, 1, 1, 1), {})
+    setup = script.Setup(args, CPU, env, env, 1, 1, 1, 1)
+    seen, actions = [], []
+
+    def sample_policy(observation, sample=programs.sample_policy):
+        found = sample(observation)
+        actions.append(found.action)
+        return found
+
+    monkeypatch.setattr(script, "update_epochs", lambda setup, programs, batch: seen.append(batch) or {})
+    with torch.no_grad():
+        data = script.rollout(setup, programs, state.statistics)
+        script.update(setup, programs._replace(sample_policy=sample_policy), state.learner, data, data.observation,
+                      data.next_observation)
+        features = state.learner.critic.features(data.next_observation, torch.stack(actions))
+    batch, = seen
+    assert batch.following.shape == (128, 17)
+    close(batch.following[:, :-1], features.swapaxes(0, 1).reshape(128, 16))
+    close(batch.following[:, -1], data.reward.T.flatten())
+    assert torch.equal(batch.terminated, data.terminated.T.flatten())
+    script.warm_up(setup, script.prepare(setup, {})[1], state.learner)
+
+
 @pytest.mark.parametrize("simulator", SIMULATORS)
 def test_reppos_contract(simulator):
     script = script_of("reppo", simulator)
@@ -671,7 +724,7 @@ def test_a_real_task(tmp_path):
 @pytest.mark.parametrize(("algorithm", "simulator"), PAIRS)
 def test_values(algorithm, simulator, capsys):
     small_args(algorithm, simulator)  # fine as it is
-    special = {"reppo": [dict(trust_region_bound=0.0)], "dime": [dict(ode_score_scale=-1.0)],
+    special = {"reppo": [dict(trust_region_bound=0.0), dict(aux_loss_scale=-1.0)], "dime": [dict(ode_score_scale=-1.0)],
                "ppo": [dict(entropy_scale=-1.0), dict(gae_lambda=1.1), dict(desired_kl=0.0), dict(epsilon=0.0)]}[algorithm]
     common = [dict(env_id="Cub"), dict(num_envs=0), dict(seed=-1), dict(gamma=1.0), dict(max_grad_norm=float("nan")),
               dict(minibatch_size=96), dict(total_timesteps=100)]

@@ -20,7 +20,9 @@ and standard deviation are given by a network of TruDi's shape without latents a
 paper, arXiv 2606.15260). So the entropy is a sample of -log pi(u|s), where TruDi has a bound of it, and the
 trust region's KL is that of two Gaussians in closed form, for which REPPO's code averages log-ratios of 16
 samples. No old actor is needed for it. The split loss, the duals, the critic and its soft lambda-returns are
-TruDi's, which has them from REPPO. --eval-mode mode takes the tanh of the mean.
+TruDi's, which has them from REPPO. REPPO's auxiliary loss, by which the critic also predicts the reward and
+its own next features, is off, as in the newer of its code's files: --aux-loss-scale. --eval-mode mode takes
+the tanh of the mean.
 
 Of TruDi's paper are the sizes, gamma, the atoms, epsilon, the learning rates and the gradients' clip (Tables
 4 and 5); of REPPO's code the entropy's target, -A / 2, alpha and lambda at the start, lambda of the returns,
@@ -146,6 +148,8 @@ class Args:
     """epsilon: nats of KL that a state may move in an iteration"""
     target_entropy_scale: float = 0.5
     """the entropy target is minus this for each action dimension, in nats"""
+    aux_loss_scale: float = 0.0
+    """weight of the critic's prediction of the reward and its own next features (REPPO's code: 1 or 0)"""
     v_min: float | None = None
     """lowest atom of the critic (paper: -10)"""
     v_max: float | None = None
@@ -269,6 +273,8 @@ def check_numbers(args: Args) -> None:
             fail(f"{flag(name)} must be finite, not {value}")
     if not 0 <= args.seed < 2**31:
         fail(f"--seed must lie in [0, 2^31), not be {args.seed}")
+    if not args.aux_loss_scale >= 0:
+        fail(f"--aux-loss-scale must not be negative, as {args.aux_loss_scale} is")
     if not 0 <= args.gamma < 1:
         fail(f"--gamma must lie in [0, 1), not be {args.gamma}")
     if not 0 <= args.td_lambda <= 1:
@@ -668,14 +674,24 @@ class Critic(nn.Module):
             self.blocks.append(nn.Sequential(linear(size, width), nn.LayerNorm(width, 1e-6), nn.SiLU()))
         self.output = linear(width, args.num_atoms)
         self.output.bias.data = PRIOR_LOGITS * hl_gauss(args, torch.zeros(()))
+        if args.aux_loss_scale > 0:
+            hidden = nn.Sequential(linear(width, width), nn.LayerNorm(width, 1e-6), nn.SiLU())
+            self.prediction = nn.Sequential(hidden, linear(width, width + 1))
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Logits (B, atoms)."""
+        features = self.features(observation, action)
+        return self.output(self.blocks[2](features))
+
+    def features(self, observation: Tensor, action: Tensor) -> Tensor:
+        """What the first two layers make of it (B, H)."""
         own = observation[..., -self.observation_size :]  # the critic sees the last columns
         x = torch.cat([own, action], -1)
-        for block in self.blocks:
-            x = block(x)
-        return self.output(x)
+        return self.blocks[1](self.blocks[0](x))
+
+    def predict(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Features and reward that follow, (B, H + 1)."""
+        return self.prediction(self.features(observation, action))
 
 
 # ------------------------------------------------------------------------------------------- Gaussian policy
@@ -762,6 +778,8 @@ class Batch(NamedTuple):
     mean: Tensor  # (B, A), of the policy that acted
     std: Tensor  # (B, A), of the policy that acted
     target: Tensor  # (B,), lambda-returns
+    following: Tensor  # (B, H + 1), features and reward that followed; without auxiliary loss (B, 1)
+    terminated: Tensor  # (B,), so that no features did
 
 
 def init_learner(setup: Setup) -> Learner:
@@ -784,9 +802,14 @@ def init_learner(setup: Setup) -> Learner:
 
 
 def critic_loss(critic: Critic, args: Args, batch: Batch) -> Tensor:
-    """Cross-entropy from the HL-Gauss targets to the critic's distribution."""
+    """Cross-entropy from the HL-Gauss targets to the critic's distribution, and the auxiliary loss."""
     logits = critic(batch.observation, batch.action)
-    return F.cross_entropy(logits, hl_gauss(args, batch.target))
+    loss = F.cross_entropy(logits, hl_gauss(args, batch.target))
+    if args.aux_loss_scale > 0:
+        error = critic.predict(batch.observation, batch.action) - batch.following
+        aux_loss = torch.where(batch.terminated, 0.0, (error**2).mean(-1))
+        loss = loss + args.aux_loss_scale * aux_loss.mean()
+    return loss
 
 
 def actor_loss(
@@ -947,16 +970,22 @@ def rollout(setup: Setup, programs: Programs, statistics: Statistics) -> Transit
 
 def critic_targets(
     setup: Setup, programs: Programs, learner: Learner, data: Transition, next_observation: Tensor
-) -> Tensor:
-    """Soft lambda-returns (T, E), with a fresh action at every true next observation, which is normalised."""
+) -> tuple[Tensor, Tensor]:
+    """Soft lambda-returns (T, E), with a fresh action at every true next observation, which is normalised;
+    and for the auxiliary loss the critic's features of these (T, E, H), otherwise (T, E, 0)."""
     alpha = learner.log_duals[0].exp()
     value = torch.empty_like(data.reward)
     bonus = torch.empty_like(data.reward)
+    width = setup.args.hidden_dim if setup.args.aux_loss_scale > 0 else 0
+    features = data.reward.new_empty(*data.reward.shape, width)
     for t, observation in enumerate(next_observation):
         sample = programs.sample_policy(observation)
         value[t] = q_value(setup.args, learner.critic(observation, sample.action))
         bonus[t] = alpha * sample.entropy
-    return lambda_returns(setup.args, data.reward, data.terminated, data.truncated, value, bonus)
+        if width:
+            features[t] = learner.critic.features(observation, sample.action)
+    target = lambda_returns(setup.args, data.reward, data.terminated, data.truncated, value, bonus)
+    return target, features
 
 
 def flatten_rollout(x: Tensor) -> Tensor:
@@ -975,13 +1004,15 @@ def update(
     """Learn from a rollout, whose observations and true next ones (T, E, O) are given normalised."""
     args = setup.args
     actor = learner.actor
-    target = critic_targets(setup, programs, learner, data, next_observation)
+    target, features = critic_targets(setup, programs, learner, data, next_observation)
     batch = Batch(
         observation=flatten_rollout(observation),
         action=flatten_rollout(data.action),
         mean=flatten_rollout(data.mean),
         std=flatten_rollout(data.std),
         target=flatten_rollout(target),
+        following=flatten_rollout(torch.cat([features, data.reward[..., None]], -1)),
+        terminated=flatten_rollout(data.terminated),
     )
 
     # KL of the whole iteration, on as many states as a minibatch has.
@@ -1344,6 +1375,8 @@ def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
         mean=zeros(size, setup.action_size),
         std=torch.ones(size, setup.action_size, device=setup.device),
         target=zeros(size),
+        following=zeros(size, args.hidden_dim + 1 if args.aux_loss_scale > 0 else 1),
+        terminated=zeros(size, dtype=torch.bool),
     )
     for _ in range(CALLS_BEFORE_GRAPH + 2):
         programs.sample_policy(torch.zeros_like(setup.env.observation))
