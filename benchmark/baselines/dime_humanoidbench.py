@@ -13,7 +13,7 @@
 #     "wandb>=0.19.10",
 # ]
 # ///
-"""DIME (Diffusion-Based Maximum Entropy RL, arXiv 2502.02316) on on-policy data of HumanoidBench and Gymnasium.
+"""DIME (Diffusion-Based Maximum Entropy RL, arXiv 2502.02316) on on-policy data of HumanoidBench.
 
     python benchmark/baselines/dime_humanoidbench.py --env-id Hopper-v5 --preset cpu
 

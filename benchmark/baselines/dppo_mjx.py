@@ -987,9 +987,7 @@ class RewardScale(NamedTuple):
     total: Array  # (E,), the sum in each environment's episode so far
 
 
-def scale_rewards(
-    args: Args, scale: RewardScale, reward: Array, ended: Array
-) -> tuple[RewardScale, Array]:
+def scale_rewards(args: Args, scale: RewardScale, reward: Array, ended: Array) -> tuple[RewardScale, Array]:
     """The scale after a rollout, and its rewards by this scale; reward and ended (T, E)."""
 
     def step(total: Array, now: tuple) -> tuple[Array, Array]:

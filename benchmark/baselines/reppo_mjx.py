@@ -24,11 +24,11 @@ It is made from trudi_mjx.py, and what differs is this. The policy is the tanh o
 standard deviation are given by a network of TruDi's shape without latents and time (Table 4 of TruDi's paper,
 arXiv 2606.15260). So the entropy is a sample of -log pi(u|s), where TruDi has a bound of it, and the trust
 region's KL is that of two Gaussians in closed form, for which REPPO's code averages log-ratios of 16 samples.
-The split loss, the duals and the soft lambda-returns are TruDi's, which has them from REPPO. So is the critic,
-for which REPPO's code normalises the first and the third of three layers by their root mean square in one of
-its files, and four by LayerNorm in the other. The entropy's target is that of REPPO's code, -A / 2. Its
-auxiliary loss, by which the critic also predicts the reward and its own next features, weighs 1 in one of its
-files and 0 in the newer one, as here: --aux-loss-scale. --eval-mode mode takes the tanh of the mean.
+The split loss, the duals and the soft lambda-returns are TruDi's, which has them from REPPO. So is the
+critic, for which REPPO's code normalises the first and the third of three layers by their root mean square in
+one of its files, and four by LayerNorm in the other. The entropy's target is that of REPPO's code, -A / 2.
+Its auxiliary loss, by which the critic also predicts the reward and its own next features, weighs 1 in one of
+its files and 0 in the newer one, as here: --aux-loss-scale. --eval-mode mode takes the tanh of the mean.
 
 `# Eq. 181` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
 rollout, E environments, B states of a batch, A action dimensions, H hidden units, K seeds.
