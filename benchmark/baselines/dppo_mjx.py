@@ -31,7 +31,7 @@ where it trains from scratch (cfg/gym/scratch), and not where it fine-tunes, is 
 0.1 at every denoising step, all have the same advantage, rewards are divided by the standard deviation of
 their running discounted sums, 10 epochs, and learning rates that stay, the critic's higher. Table 4's epsilon
 is 0.2, and its text has rates that decay, without saying how. The network predicts the action, which the code
-can do as well, and does not by default: of actions that predicted noise stands for, untrained, two thirds lie
+can do as well, and does not by default: of actions that predicted noise stands for, untrained, most lie
 outside of [-1, 1], where they are clipped and have no gradient. What all leave open is as in ppo_mjx.py.
 
 README.md has a table of TruDi's paper's errata, E1 to E19. Axes in shapes: T steps of a rollout, E
