@@ -16,7 +16,7 @@ from benchmark.tasks import ALGORITHMS, SUITES, algorithm_of, task_of, tasks_of
 
 OTHER = "other"  # suite of tasks that are not of the 73
 VARIANT = re.compile(r"(?P<base>.+)-(?P<kind>epsilon|denoising)-(?P<value>[\d.]+)")  # of an ablation
-LIMITED = re.compile(r".+-wall-clock-(?P<hours>[\d.]+)h(-.+)?")  # by benchmark.run --hours
+LIMITED = re.compile(r".+-wall-clock-(?P<hours>[\d.]+)h(-.+)?")  # by benchmark.launch --hours
 POINTS = 60  # at most, of a curve
 NAMES = ("exp_name", "seed", "num_seeds", "preset", "log_dir")  # arguments that are not an experiment's own
 
@@ -188,7 +188,7 @@ def find_files(sources: Iterable[str], name: str, folder: str | None = None) -> 
     return sorted(found)
 
 def read_evaluations(sources: Iterable[str], metric: str) -> list[dict[str, Any]]:
-    """What benchmark.run --ablation evaluation found: a row for each seed and way to evaluate."""
+    """What benchmark.launch --ablation evaluation found: a row for each seed and way to evaluate."""
     rows = []
     for path in find_files(sources, ".json", "evaluations"):
         saved = json.loads(path.read_text())

@@ -80,7 +80,7 @@ def write_run(root, env_id, seed, values, *, script="trudi_mjx", exp_name="trudi
 
 
 def write_evaluation(root, env_id, seed, evaluation, value, step, exp_name="trudi"):
-    """What benchmark.run keeps of an evaluation."""
+    """What benchmark.launch keeps of an evaluation."""
     path = pathlib.Path(root, "evaluations", f"{env_id}__{exp_name}__{seed}__{evaluation}.json")
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(json.dumps(dict(script="trudi_mjx", env_id=env_id, exp_name=exp_name, seed=seed, num_seeds=1, step=step,

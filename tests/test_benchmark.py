@@ -467,7 +467,7 @@ def test_bad_input_is_refused_in_one_line(flags, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as error:
         run.main()
     err = capsys.readouterr().err
-    assert error.value.code == 2 and err.startswith("benchmark.run: error: ") and err.count("\n") == 1 and BAD[flags] in err
+    assert error.value.code == 2 and err.startswith("benchmark.launch: error: ") and err.count("\n") == 1 and BAD[flags] in err
 
 
 def test_flags_that_sweeps_use_exist_in_the_scripts():
@@ -962,8 +962,8 @@ def test_page_of_the_sweep_has_every_experiment_once():
 
 def test_page_of_behavior_entropy(analyze, tmp_path):
     root, out = tmp_path / "runs", tmp_path / "out"
-    folder = write_run(root, "benchmark.multimodality:PushTSymmetric-v1", 1, [0, 1.0], script="trudi_maniskill")
-    saved = dict(env_id="benchmark.multimodality:PushTSymmetricTest-v1", entropy=0.25, entropy_of_successes=None,
+    folder = write_run(root, "benchmark.studies.multimodality:PushTSymmetric-v1", 1, [0, 1.0], script="trudi_maniskill")
+    saved = dict(env_id="benchmark.studies.multimodality:PushTSymmetricTest-v1", entropy=0.25, entropy_of_successes=None,
                  episodes=200, successes_at_end=7, return_mean=160.0)
     (folder / "behavior_entropy.json").write_text(json.dumps(saved))
     page = analyze(root, out=out)

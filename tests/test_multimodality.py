@@ -1,4 +1,4 @@
-"""benchmark/multimodality: rewards at poses worked out by hand, the T's overlap against polygons, initial
+"""benchmark/studies/multimodality: rewards at poses worked out by hand, the T's overlap against polygons, initial
 states, modes."""
 
 import json
@@ -24,7 +24,7 @@ without_vulkan.stub_materials()
 mani_skill.logger.setLevel("ERROR")
 
 import trudi_maniskill  # noqa: E402
-from benchmark.multimodality import behavior_entropy, push_t, stack_cube  # noqa: E402
+from benchmark.studies.multimodality import behavior_entropy, push_t, stack_cube  # noqa: E402
 
 trudi_maniskill.leave_table_unpainted()
 
@@ -45,7 +45,7 @@ OPTIONS = dict(
 
 
 def make(name, reward_mode="dense", **options):
-    return gym.make(f"benchmark.multimodality:{name}", reward_mode=reward_mode, **OPTIONS, **options)
+    return gym.make(f"benchmark.studies.multimodality:{name}", reward_mode=reward_mode, **OPTIONS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +504,7 @@ def test_trains_and_is_evaluated(tmp_path):
         "--hidden-dim 8 --num-diffusion-steps 2 --num-eval-envs 1"
     ).split()
     script = ROOT / "benchmark" / "multimodality" / "behavior_entropy.py"
-    env_id = "benchmark.multimodality:PushTSymmetric-v1"
+    env_id = "benchmark.studies.multimodality:PushTSymmetric-v1"
     done = command(ROOT / "trudi_maniskill.py", "--env-id", env_id, "--log-dir", tmp_path, *sizes)
     assert done.returncode == 0, done.stderr
     (run,) = tmp_path.glob("*PushTSymmetric-v1*")
@@ -513,7 +513,7 @@ def test_trains_and_is_evaluated(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["env_id"] == "benchmark.multimodality:PushTSymmetricTest-v1" and found["horizon"] == 100
+    assert found["env_id"] == "benchmark.studies.multimodality:PushTSymmetricTest-v1" and found["horizon"] == 100
     assert found["episodes"] == 2 == found["no_mode"] + sum(found["mode_counts"].values())
     assert 30 < found["return_mean"] <= 105  # of the raw reward: 100 steps near 0.5
     assert (

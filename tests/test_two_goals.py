@@ -1,4 +1,4 @@
-"""benchmark/two_goals: what the task pays, what counts as a goal that was found, and how paths are measured."""
+"""benchmark/studies/two_goals: what the task pays, what counts as a goal that was found, and how paths are measured."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import trudi_mjx
-from benchmark.two_goals import RADIUS, WIDTH, FourGoals, TwoGoals, paths
+from benchmark.studies.two_goals import RADIUS, WIDTH, FourGoals, TwoGoals, paths
 
 
 @pytest.mark.parametrize("task", [TwoGoals, FourGoals])
@@ -54,7 +54,7 @@ def test_a_goal_is_found_where_the_episode_ends():
 
 def test_a_run_is_played_from_the_middle(tmp_path):
     """By a policy that goes where its noise says: to the right or to the left, along the line of the goals."""
-    args = trudi_mjx.resolve(trudi_mjx.Args(env_id="benchmark.two_goals:TwoGoals", preset="cpu", device="cpu"))
+    args = trudi_mjx.resolve(trudi_mjx.Args(env_id="benchmark.studies.two_goals:TwoGoals", preset="cpu", device="cpu"))
     setup = trudi_mjx.make_setup(args)
 
     def evaluation_action(setup, learner, inputs, key):

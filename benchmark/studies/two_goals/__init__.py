@@ -1,9 +1,9 @@
 """A point between equal goals: the smallest task in which a policy may keep several solutions.
 
-    python trudi_mjx.py --env-id benchmark.two_goals:TwoGoals      # or FourGoals, and any of benchmark/baselines
+    python trudi_mjx.py --env-id benchmark.studies.two_goals:TwoGoals      # or FourGoals, and any of benchmark/baselines
 
 Small beside the paper's PushT and StackCube (its Figure 1 and Table 1), which want ManiSkill and a GPU: a
-minute on a CPU core. `python benchmark/two_goals/paths.py RUN ...` plays what was trained from the one place
+minute on a CPU core. `python -m benchmark.studies.two_goals.paths RUN ...` plays what was trained from the one place
 that is as far from every goal, where training never began on purpose.
 """
 

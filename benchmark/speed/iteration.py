@@ -1,7 +1,7 @@
 """How long does an iteration of TruDi take beside one of REPPO at equal sizes, where does the time go, and
 what did each way to save some of it buy?
 
-    python benchmark/iteration_time.py --env-id CartpoleBalance --preset cpu --hidden-dims 64 256
+    python -m benchmark.speed.iteration --env-id CartpoleBalance --preset cpu --hidden-dims 64 256
 
 Any flag of trudi_mjx.py may follow.
 
@@ -37,10 +37,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import RESULTS, Sizes, cpu_name, markdown_table, shown_args, trudi, write_json
-from throughput import simulate
 
+import trudi_mjx as trudi
 from benchmark.baselines import reppo_mjx as reppo
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, write_json
+from benchmark.speed.flags import Sizes, shown_args
+from benchmark.speed.rollout_and_update import simulate
 
 
 @dataclasses.dataclass(frozen=True)

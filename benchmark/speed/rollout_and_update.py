@@ -1,6 +1,6 @@
 """How fast is trudi_mjx.py? Environment steps per second, compile and start-up seconds, peak memory.
 
-    python benchmark/throughput.py --env-id G1JoystickRoughTerrain [any flag of trudi_mjx.py] [--repeats 5]
+    python -m benchmark.speed.rollout_and_update --env-id G1JoystickRoughTerrain [any flag of trudi_mjx.py] [--repeats 5]
 
 * start-up: seconds from `python trudi_mjx.py ...` to the first iteration in metrics.jsonl, of a process that
   finds an empty --compilation-cache-dir (and empty caches of Warp's and CUDA's kernels), and of a second one
@@ -38,19 +38,13 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from common import (
-    RESULTS,
-    Sizes,
-    cpu_name,
-    markdown_table,
-    measure,
-    shown_args,
-    training_command,
-    trudi,
-    write_json,
-)
 from jax.sharding import NamedSharding, PartitionSpec
-from tasks import preset_values
+
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, measure, write_json
+from benchmark.speed.flags import Sizes, shown_args, training_command
+from benchmark.tasks import preset_values
 
 
 @dataclasses.dataclass(frozen=True)

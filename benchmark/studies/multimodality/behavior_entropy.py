@@ -1,7 +1,7 @@
 """How many of a task's two solutions a trained agent finds from one fixed initial state (Section 6, Appendix
 D.3, Table 1).
 
-    python benchmark/multimodality/behavior_entropy.py runs/benchmark.multimodality:PushTSymmetric-v1__...
+    python -m benchmark.studies.multimodality.behavior_entropy runs/benchmark.studies.multimodality:PushTSymmetric-v1__...
 
 Plays full episodes with the newest checkpoint of a run of trudi_maniskill.py, in the test variant of its
 task, by the probability-flow ODE, so that nothing but the noise a^N decides between the solutions. Prints how
@@ -21,13 +21,11 @@ import torch
 import tyro
 from torch import Tensor
 
+import trudi_maniskill as trudi
+from benchmark.studies.multimodality import push_t, stack_cube
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-import trudi_maniskill as trudi  # noqa: E402
-from benchmark.multimodality import push_t, stack_cube  # noqa: E402
 
 # modes 0 and 1 of D.3
 MODES = {"PushT": ("counter-clockwise", "clockwise"), "StackCube": ("blue on red", "red on blue")}
@@ -88,7 +86,7 @@ def load(args: Args) -> tuple[trudi.Setup, trudi.TrainState, str]:
     own = trudi.read_args(args.run_dir)
     env_id = args.env_id or own.env_id.replace("Symmetric-v1", "SymmetricTest-v1")
     task = next((task for task in MODES if env_id.split(":")[-1].startswith(f"{task}Symmetric")), None)
-    rules = [(task, f"{env_id} is none of benchmark.multimodality's tasks; name one with --env-id"),
+    rules = [(task, f"{env_id} is none of benchmark.studies.multimodality's tasks; name one with --env-id"),
              (args.num_envs > 0 and args.episodes > 0, "--episodes and --num-envs must be positive"),
              (args.num_envs > 0 and args.episodes % args.num_envs == 0,
               "--num-envs does not divide --episodes"),

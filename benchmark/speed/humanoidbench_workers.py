@@ -1,6 +1,6 @@
 """How fast do trudi_humanoidbench.py's workers step, against one environment and AsyncVectorEnv?
 
-    python benchmark/throughput_humanoidbench.py --env-id h1hand-walk-v0 --num-envs 16 --num-workers 2
+    python -m benchmark.speed.humanoidbench_workers --env-id h1hand-walk-v0 --num-envs 16 --num-workers 2
 
 One vector after the other is started: --num-envs environments in --num-workers processes of
 trudi_humanoidbench.Simulators, and as many in Gymnasium's AsyncVectorEnv, which has a process for each. Every
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import tyro
-from common import RESULTS, cpu_name, markdown_table, write_json
 
 import trudi_humanoidbench as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What does `--impl mujoco` give? Control steps a second, beside MJX, in one run on the same machine.
 
-    python benchmark/mujoco_speed.py [--tasks G1JoystickRoughTerrain CheetahRun] [--num-envs 256]
+    python -m benchmark.speed.mujoco_engine [--tasks G1JoystickRoughTerrain CheetahRun] [--num-envs 256]
 
 For each task, in control steps a second:
 
@@ -25,8 +25,11 @@ import jax
 import mujoco
 import numpy as np
 import tyro
-from common import RESULTS, cpu_name, markdown_table, measure, trudi, write_json
-from throughput import act, compile_iteration, measure_iteration, simulate
+
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, measure, write_json
+from benchmark.speed.rollout_and_update import act, compile_iteration, measure_iteration, simulate
 
 CORES = trudi.num_cores()
 

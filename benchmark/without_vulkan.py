@@ -1,6 +1,6 @@
 """Run a script where no Vulkan device can be had: ManiSkill's tasks build materials even if nothing is rendered.
 
-    python tests/without_vulkan.py trudi_maniskill.py --env-id PushCube-v1 --preset cpu
+    python -m benchmark.without_vulkan trudi_maniskill.py --env-id PushCube-v1 --preset cpu
 
 Physics and rewards are the same; pictures cannot be taken."""
 
@@ -16,7 +16,7 @@ class Unrendered:
         pass
 
     def set_base_color(self, *args):
-        pass
+        """Nothing is coloured."""
 
 
 def stub_materials():

@@ -1,7 +1,7 @@
 """The GPU experiments, in stages of a few minutes each that can be interrupted and given again.
 
-    python -m benchmark.gpu throughput --out OUT          # then humanoid, reppo, dmc, seeds
-    python -m benchmark.gpu humanoid --out OUT --rehearse # the same commands at sizes for a CPU
+    python -m benchmark.speed.gpu_stages throughput --out OUT          # then humanoid, reppo, dmc, seeds
+    python -m benchmark.speed.gpu_stages humanoid --out OUT --rehearse # the same commands at sizes for a CPU
 
 A stage is a list of commands, which are printed and whose output goes to OUT/logs. When --minutes are over,
 what still runs gets SIGTERM, at which runs write a checkpoint; the same stage again skips what is finished
@@ -52,28 +52,28 @@ class Options:
 
 # ----------------------------------------------------------------------------------------------------- stages
 def throughput_commands(options: Options) -> list[tuple[str, dict[str, str]]]:
-    """benchmark/throughput.py for three tasks, two simulators and two precisions."""
+    """benchmark/speed/rollout_and_update.py for three tasks, two simulators and two precisions."""
     small, found = f"{SMALL} --repeats 1 --no-starts" if options.rehearse else "--repeats 3", []
     tasks = ("G1JoystickRoughTerrain", "CartpoleBalance", "CheetahRun")
     for task in tasks[1:2] if options.rehearse else tasks:
         for impl, precision in (("warp", "tensorfloat32"), ("jax", "tensorfloat32"), ("warp", "float32")):
             output = f"{options.out}/throughput_{task}_{impl}_{precision}.json"
             flags = f"--env-id {task} --impl {impl} --profile --output {output} {small}"
-            found.append((f"benchmark/throughput.py {flags}", {"JAX_DEFAULT_MATMUL_PRECISION": precision}))
+            found.append((f"-m benchmark.speed.rollout_and_update {flags}", {"JAX_DEFAULT_MATMUL_PRECISION": precision}))
     return found
 
 def seeds_commands(options: Options) -> list[tuple[str, dict[str, str]]]:
-    """benchmark/throughput.py for one seed and for ten."""
+    """benchmark/speed/rollout_and_update.py for one seed and for ten."""
     small = f"{SMALL} --repeats 1" if options.rehearse else "--repeats 3"
-    return [(f"benchmark/throughput.py --env-id CheetahRun --num-seeds {k} --no-starts "
+    return [(f"-m benchmark.speed.rollout_and_update --env-id CheetahRun --num-seeds {k} --no-starts "
              f"--output {options.out}/seeds_{k}.json {small}", {}) for k in (1, 10)]
 
 def training(tasks: str, flags: str = "") -> Callable[[Options], list[tuple[str, dict[str, str]]]]:
-    """benchmark.run for tasks, which continues what it finds in --log-dir."""
+    """benchmark.launch for tasks, which continues what it finds in --log-dir."""
     def commands(options: Options) -> list[tuple[str, dict[str, str]]]:
         small = f'--flags="{SMALL} --total-timesteps 128"' if options.rehearse else ""
         sweep = f"--tasks {tasks} {flags} --log-dir {options.log_dir} --status-interval 30 {small}"
-        return [(f"-m benchmark.run {sweep}", {})]
+        return [(f"-m benchmark.launch {sweep}", {})]
     return commands
 
 STAGES: dict[str, Callable[[Options], list[tuple[str, dict[str, str]]]]] = {

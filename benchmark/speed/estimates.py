@@ -1,7 +1,7 @@
 """What do the paper's experiments compute and store? Floating-point operations and bytes of TruDi's learner
 for each task at the sizes of Table 5, counted and not measured, and the hours that they imply.
 
-    python benchmark/estimate.py
+    python -m benchmark.speed.estimates
 
 * FLOP: XLA's count for one gradient step of critic, actor and duals, for a chain and for a value, each
   compiled without loops; an environment step has a chain in the rollout, a chain and a value in the targets,
@@ -16,7 +16,7 @@ for each task at the sizes of Table 5, counted and not measured, and the hours t
   HumanoidBench's simulator runs on a CPU anyway: its core-hours are from
   throughput_h1hand-walk-v0_cpu.json.
 
-Observations and actions are those that benchmark/all_tasks.py found, in benchmark/results/all_tasks_*.json;
+Observations and actions are those that benchmark/studies/all_tasks.py found, in benchmark/results/all_tasks_*.json;
 for ManiSkill, of which there is no such file, PushCube's are taken for all. Results:
 benchmark/results/estimates.json and estimates.md.
 """
@@ -30,9 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pandas as pd
-from common import RESULTS, ROOT, markdown_table, trudi, write_json
 
-from benchmark.tasks import SUITES, Task, tasks_of
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, write_json
+from benchmark.tasks import ROOT, SUITES, Task, tasks_of
 
 PAPER_HUMANOIDS = pd.read_csv(ROOT / "benchmark/anchors/humanoids.csv")  # Table 2
 HUMANOID_HOURS = PAPER_HUMANOIDS.set_index("method").hours["TruDi"]
@@ -49,7 +51,7 @@ def sizes_of(task: Task) -> dict[str, int]:
             for row in json.loads(path.read_text())["tasks"]}
     name = task.env_id if task.env_id in rows else task.env_id.replace("Reorient", "Repose")
     if name not in rows:
-        sys.exit(f"{path.name} does not have {task.env_id}; run benchmark/all_tasks.py for it first")
+        sys.exit(f"{path.name} does not have {task.env_id}; run benchmark/studies/all_tasks.py for it first")
     return {key: rows[name][key] for key in PUSH_CUBE}
 
 def arguments(task: Task) -> trudi.Args:
@@ -133,7 +135,7 @@ def cpu_rate(rows: list[dict[str, Any]]) -> tuple[float, str]:
     return flop / statistics.median(found[-1]["seconds"]["JAX"]), machine
 
 def simulator_core_hours() -> float:
-    """Core-hours of HumanoidBench's simulator for ten runs of each task, by throughput_humanoidbench.py."""
+    """Core-hours of HumanoidBench's simulator for ten runs of each task, by benchmark/speed/humanoidbench_workers.py."""
     measured = json.loads((RESULTS / "throughput_h1hand-walk-v0_cpu.json").read_text())
     speed = statistics.median(measured["results"]["2 workers"]["steps_per_second"]) / 2
     return 10 * sum(task.settings.total_timesteps for task in tasks_of(["humanoidbench"])) / speed / 3600
@@ -161,7 +163,7 @@ def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> 
         [(row["task"], row["observation"], row["privileged"], row["action"], f"{row['parameters']:,}",
           f"{row['flop_per_step'] / 1e6:,.0f}", f"{row['bytes'] / GIB:.2f}",
           f"{(row['rollout_bytes'] + row['batch_bytes']) / GIB:.2f}") for row in rows])
-    text = ("Written by `python benchmark/estimate.py`, which says how. Nothing was measured on a GPU of "
+    text = ("Written by `python -m benchmark.speed.estimates`, which says how. Nothing was measured on a GPU of "
             f"ours. GPU-hours are of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
             f"{HUMANOID_HOURS} hours for a humanoid imply, with that simulator's share; where a simulator is "
             f"slower, as HumanoidBench's on a CPU, it takes more. CPU-hours are of {machine}, at "

@@ -1,6 +1,6 @@
 """How good and how dear is the trust region's c(s)? Bias, spread, errors and time of its estimators.
 
-    python benchmark/kl_estimators.py RUN_DIR [--fresh-chains 1 2 4 8 16]
+    python -m benchmark.studies.kl_estimators RUN_DIR [--fresh-chains 1 2 4 8 16]
 
 RUN_DIR is a folder that trudi_mjx.py wrote. Its newest checkpoint is the old policy; one more iteration of
 training, by the script's own functions and with the keys it would use next, makes the new one. On states of
@@ -36,10 +36,13 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from common import RESULTS, cpu_name, markdown_table, measure, trudi, write_json
 from jax.scipy.stats import norm
 from jax.sharding import NamedSharding, PartitionSpec
 from matplotlib.ticker import LogLocator, MaxNLocator
+
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, measure, write_json
 
 KINDS = {"closed": "fresh chains, closed form", "ratio": "fresh chains, log-ratios"}
 COLOURS = {"stored": "#c44e52", "closed": "#2a6f97", "ratio": "#8a8a8a"}

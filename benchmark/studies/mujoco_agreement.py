@@ -1,6 +1,6 @@
 """Does `--impl mujoco` compute what MJX computes? All tasks, the same random actions from the same states.
 
-    python benchmark/mujoco_agreement.py [--tasks CheetahRun WalkerRun]
+    python -m benchmark.studies.mujoco_agreement [--tasks CheetahRun WalkerRun]
 
 For each task: the largest difference of observations and of rewards
 
@@ -24,8 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import RESULTS, cpu_name, markdown_table, trudi, write_json
 from mujoco import mjx
+
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, write_json
 
 STEPS = 50
 TOLERANCE = 2e-3  # of observations relative to 1 + their size, and of rewards

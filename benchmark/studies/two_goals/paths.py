@@ -1,8 +1,8 @@
 """Which of the goals do trained policies go to? Episodes from the place between them, and a picture of the paths.
 
-    python benchmark/two_goals/paths.py RUN ... --output benchmark/results/two_goals
+    python -m benchmark.studies.two_goals.paths RUN ... --output benchmark/results/two_goals
 
-RUN are folders of runs on benchmark.two_goals's tasks, of trudi_mjx.py or a baseline. Each run's newest checkpoint
+RUN are folders of runs on benchmark.studies.two_goals's tasks, of trudi_mjx.py or a baseline. Each run's newest checkpoint
 plays --episodes episodes by its deterministic --eval-mode (of a diffusion policy, whose noise a^N differs, with c = 1
 and 0.5) and by samples. An episode has found the goal that it ends within 0.2 of. For each are printed the
 return, the share that found one, and the entropy of which one it was, to the base of their number: 1 if all are
@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -28,12 +27,11 @@ import numpy as np
 import pandas as pd
 import tyro
 
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, write_json
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from common import RESULTS, markdown_table, write_json  # noqa: E402
 
 FOUND = 0.2  # distance from a goal
 COLOURS = ("#2a6f97", "#e09f3e", "#4c956c", "#6d597a")  # of seeds

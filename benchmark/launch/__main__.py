@@ -1,12 +1,12 @@
 """Runs, or continues, a sweep: tasks x seeds, an ablation of them, or evaluations of what they trained.
 
-    python -m benchmark.run --suite dmc --seeds 10                        # a process on each GPU found here
-    python -m benchmark.run --suite all --slurm --slurm-hours 8           # the same as a job array
-    python -m benchmark.run --tasks CheetahRun WalkerWalk --seeds 3 --workers 2 --flags="--preset cpu"
-    python -m benchmark.run --suite maniskill --algorithm reppo --seeds 10      # one of benchmark/baselines
-    python -m benchmark.run --suite humanoid --hours 2.5                  # for hours of training, not for steps
-    python -m benchmark.run --suite humanoid --hours 2.5 --algorithm reppo    # both make Figure 5, left
-    python -m benchmark.run --ablation epsilon --tasks CheetahRun --seeds 3 --flags="--preset cpu"
+    python -m benchmark.launch --suite dmc --seeds 10                        # a process on each GPU found here
+    python -m benchmark.launch --suite all --slurm --slurm-hours 8           # the same as a job array
+    python -m benchmark.launch --tasks CheetahRun WalkerWalk --seeds 3 --workers 2 --flags="--preset cpu"
+    python -m benchmark.launch --suite maniskill --algorithm reppo --seeds 10      # one of benchmark/baselines
+    python -m benchmark.launch --suite humanoid --hours 2.5                  # for hours of training, not for steps
+    python -m benchmark.launch --suite humanoid --hours 2.5 --algorithm reppo    # both make Figure 5, left
+    python -m benchmark.launch --ablation epsilon --tasks CheetahRun --seeds 3 --flags="--preset cpu"
 
 The same command again skips what is finished and continues what was interrupted; Ctrl-C lets every run write
 a checkpoint first. --dry-run prints the commands that remain. The exit code is 1 if a run failed; the last
@@ -22,10 +22,10 @@ from typing import Literal
 
 import tyro
 
-from benchmark import slurm
-from benchmark.local import Machine, run_locally
+from benchmark.launch import slurm
+from benchmark.launch.local import Machine, run_locally
+from benchmark.launch.units import State, Unit, assess, command, conflict, fail, given_values
 from benchmark.runs import find_runs
-from benchmark.sweep import State, Unit, assess, command, conflict, fail, given_values
 from benchmark.tasks import ALGORITHMS, ROOT, SUITES, Task, constants, place_of, tasks_of
 
 

@@ -10,8 +10,8 @@ import time
 from collections import deque
 from typing import Any
 
+from benchmark.launch.units import Process, Refused, State, Unit, last_lines
 from benchmark.runs import RETURN
-from benchmark.sweep import Process, Refused, State, Unit, last_lines
 
 POLL = 0.5  # seconds between looks at the processes
 Slot = tuple[tuple[str, ...], dict[str, str]]  # words before a command, and its environment

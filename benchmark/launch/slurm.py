@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module, util
 from typing import Any
 
-from benchmark.sweep import STOPPED, Process, State, Unit, fail, last_lines
+from benchmark.launch.units import STOPPED, Process, State, Unit, fail, last_lines
 
 POLL = 0.5  # seconds between looks at the process
 NOTICE = 300  # seconds before the time limit at which a run is told to write its checkpoint

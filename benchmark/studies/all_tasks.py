@@ -1,7 +1,7 @@
 """Does every task run? Two tiny iterations, an evaluation and a checkpoint of each task that a script knows.
 
-    python benchmark/all_tasks.py [--script trudi_mjx] [--tasks CheetahRun HopperHop] [--flags="--impl warp"]
-    python benchmark/all_tasks.py --script trudi_isaaclab --python ISAACLAB/bin/python  # another interpreter
+    python -m benchmark.studies.all_tasks [--script trudi_mjx] [--tasks CheetahRun HopperHop] [--flags="--impl warp"]
+    python -m benchmark.studies.all_tasks --script trudi_isaaclab --python ISAACLAB/bin/python  # another interpreter
 
 Each task is a process `python SCRIPT.py --env-id TASK` with networks and batches too small to learn, so its
 return says only that an evaluation took place. A failure is reported and the next task follows. Sizes are
@@ -25,7 +25,11 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from common import RESULTS, ROOT, cpu_name, markdown_table, trudi, write_json
+
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, write_json
+from benchmark.tasks import ROOT
 
 SMALL = ("--num-envs 8 --num-steps 4 --minibatch-size 16 --num-epochs 1 --hidden-dim 16 --eval-interval 1000 "
          "--checkpoint-interval 1000")

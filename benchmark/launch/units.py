@@ -61,7 +61,7 @@ class State:
 
 def fail(message: str) -> NoReturn:
     """Refuse bad input: one line on stderr and exit code 2."""
-    print(f"benchmark.run: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"benchmark.launch: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 def given_values(flags: Iterable[str]) -> dict[str, str]:

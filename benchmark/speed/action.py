@@ -1,6 +1,6 @@
 """How long does a robot wait for an action? An exported policy in onnxruntime, one observation, on one core.
 
-    python benchmark/action_time.py [--num-diffusion-steps 1 2 4 8 16]
+    python -m benchmark.speed.action [--num-diffusion-steps 1 2 4 8 16]
 
 The policy is untrained and of the paper's width, with the sizes of G1JoystickRoughTerrain's observation and action;
 neither decides the time. Medians and 99th percentiles over --calls calls in a row, after some that are not counted.
@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import tyro
-from common import RESULTS, cpu_name, markdown_table, trudi, write_json
+
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, write_json
 
 
 @dataclasses.dataclass(frozen=True)

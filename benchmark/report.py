@@ -1,12 +1,12 @@
 """Statistics and figures of any number of runs, as PNG, PDF and CSV and one Markdown page.
 
-    python -m benchmark.analyze runs --out results [--metric eval/success_once] [--seeds 10]
+    python -m benchmark.report runs --out results [--metric eval/success_once] [--seeds 10]
 
-Groups are the runs' --exp-name, as benchmark.run gives one to each sweep and to each value of an ablation;
+Groups are the runs' --exp-name, as benchmark.launch gives one to each sweep and to each value of an ablation;
 --group-by takes another argument, or "folder". Interquartile means (IQM) are over finished runs and have 95%
 stratified bootstrap intervals; groups are compared on the tasks of which all have finished runs. What is
 missing or not finished is listed. With --until-steps, tasks and suites are compared after so many environment
-steps, while wall clock has the whole runs, of which the faster may be the longer. Runs of benchmark.run
+steps, while wall clock has the whole runs, of which the faster may be the longer. Runs of benchmark.launch
 --hours are compared with each other only, over hours."""
 
 import dataclasses
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import tyro
+from benchmark.aggregates import improvement_interval, interval, iqm, present, stack
+from benchmark.tables import markdown_table
 
 from benchmark import figures
-from benchmark.aggregates import improvement_interval, interval, iqm, present, stack
 from benchmark.outcomes import (
     OTHER,
     VARIANT,
@@ -38,7 +39,6 @@ from benchmark.outcomes import (
     with_repeats,
 )
 from benchmark.runs import RETURN
-from benchmark.tables import markdown_table
 from benchmark.tasks import ROOT, SUITES, task_of, tasks_of
 
 SHOWN = {"epsilon": "ε", "denoising": "denoising steps N"}
@@ -60,7 +60,7 @@ class Options:
     seeds: int = 1
     # compare tasks and suites after so many environment steps, even where runs went on
     until_steps: int | None = None
-    # files of benchmark/throughput.py at the paper's sizes, for the cost of the experiments
+    # files of benchmark/speed/rollout_and_update.py at the paper's sizes, for the cost of the experiments
     throughput: tuple[str, ...] = ()
 
 class Page:
@@ -339,7 +339,7 @@ def write_wall_clock(page: Page, panels: dict[str, dict[str, Any]], colours: dic
     page.figure(name, caption, figures.suites_figure(panels, colours, "hours", label_of(metric), points))
 
 def write_limited(page: Page, outcomes: list[Outcome], colours: dict[str, str], metric: str) -> None:
-    """Runs of benchmark.run --hours, those of equal hours together."""
+    """Runs of benchmark.launch --hours, those of equal hours together."""
     for limit in sorted({limit_of(o.group) for o in outcomes}):
         panels = panels_of([o for o in outcomes if limit_of(o.group) == limit])
         if panels:
@@ -385,7 +385,7 @@ def write_evaluations(page: Page, sources: Iterable[str], metric: str) -> None:
     rows = pd.DataFrame(read_evaluations(sources, metric),
                         columns="suite env_id group seed evaluation step value".split())
     if rows.value.notna().sum() == 0:
-        return page.text("No evaluations of finished runs by benchmark.run --ablation evaluation.")
+        return page.text("No evaluations of finished runs by benchmark.launch --ablation evaluation.")
     lines = []
     for (suite, group), own in rows.groupby(["suite", "group"]):
         grid = own.pivot_table(index=["env_id", "seed"], columns="evaluation", values="value")
@@ -414,7 +414,7 @@ def write_entropies(page: Page, sources: Iterable[str]) -> None:
     table = pd.DataFrame(read_entropies(sources))
     page.text("## Behaviour entropy")
     if table.empty:
-        return page.text("No run has a behavior_entropy.json of benchmark/multimodality/behavior_entropy.py.")
+        return page.text("No run has a behavior_entropy.json of benchmark/studies/multimodality/behavior_entropy.py.")
     columns = ("task", "run", "episodes", "successes_at_end", "entropy", "entropy_of_successes",
                "return_mean")
     page.table(columns,
@@ -448,13 +448,13 @@ def write_cost(page: Page, outcomes: list[Outcome], throughput: tuple[str, ...])
     cited = [f"{row.hours} for {row.method}" for row in PAPER_HUMANOIDS.itertuples()]
     page.text(f"The paper's Table 2 has these hours of an A100 or H100 for a run on a humanoid (cited): "
               f"{', '.join(cited)}; forty of TruDi's are {hours['humanoid']:,.0f} hours. At the operations a "
-              "second which that implies, counted by benchmark/estimate.py, all would take "
+              "second which that implies, counted by benchmark/speed/estimates.py, all would take "
               f"{sum(hours.values()):,.0f} hours of such a GPU: "
               f"{', '.join(f'{title_of(suite)} {x:,.0f}' for suite, x in hours.items())}; more where "
               "simulators are slower.")
 
 def measured_speed(path: pathlib.Path) -> tuple[str, str, float] | None:
-    """Suite, device and environment steps a second of a file of benchmark/throughput.py; None, and a word, at
+    """Suite, device and environment steps a second of a file of benchmark/speed/rollout_and_update.py; None, and a word, at
     other sizes."""
     saved = json.loads(path.read_text())
     args, task = saved["args"], task_of("trudi_mjx", saved["args"]["env_id"])
@@ -467,7 +467,7 @@ def measured_speed(path: pathlib.Path) -> tuple[str, str, float] | None:
 # ------------------------------------------------------------------------------------------------------- main
 def fail(message: str) -> None:
     """Refuse bad input: one line on stderr and exit code 2."""
-    print(f"benchmark.analyze: error: {message}", file=sys.stderr)
+    print(f"benchmark.report: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 def main() -> None:
@@ -493,7 +493,7 @@ def main() -> None:
     if options.until_steps:
         after = f"; tasks and suites are compared after {options.until_steps:,} environment steps"
     page.text("# Results", "",
-              f"Written by `python -m benchmark.analyze`; the metric is `{options.metric}`{after}.")
+              f"Written by `python -m benchmark.report`; the metric is `{options.metric}`{after}.")
     write_runs(page, outcomes)
     write_tasks(page, equal, colours, options.metric)
     for write, found in ((write_suites, panels_of(equal)), (write_wall_clock, panels_of(whole))):

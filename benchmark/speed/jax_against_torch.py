@@ -1,6 +1,6 @@
 """How long does an update take in PyTorch, trudi_maniskill.py, and in JAX, trudi_mjx.py, at equal sizes?
 
-    python benchmark/update_time.py [--hidden-dim 512 --minibatch-size 2048]
+    python -m benchmark.speed.jax_against_torch [--hidden-dim 512 --minibatch-size 2048]
 
 Both run `update_epochs`, one epoch of --num-minibatches gradient steps of critic, actor and duals, on the
 same random data, in turn, so that a disturbance of the machine meets both. Medians over --repeats; the ratio
@@ -19,9 +19,11 @@ import jax
 import numpy as np
 import torch
 import tyro
-from common import RESULTS, cpu_name, markdown_table, provenance, trudi
 
 import trudi_maniskill
+import trudi_mjx as trudi
+from benchmark.markdown import markdown_table
+from benchmark.measurements import RESULTS, cpu_name, provenance
 
 
 @dataclasses.dataclass(frozen=True)
