@@ -1,143 +1,183 @@
-"""Learning curves of trudi_mjx.py from metrics.jsonl files: a mean line per group over its seeds' thin ones.
+"""Learning curves side by side: a table of them on stdout and, with --output, a picture.
 
-    python benchmark/plot_curves.py \
-        benchmark/results/curves/CartpoleBalance benchmark/results/curves/CheetahRun \
-        --output benchmark/results/curves.png [--metric eval/episodic_return] [--label-by env_id]
+    python -m benchmark.curves benchmark/results/curves/CartpoleBalance benchmark/results/curves/CheetahRun \
+        --output benchmark/results/curves.png [--threshold 900]
+    python -m benchmark.curves benchmark/results/humanoids/study --public
 
-Every argument is a metrics.jsonl, a folder that is searched for them, or a quoted glob of either. A group is
-what has the same label: the name of the folder two levels above the file, as in
-curves/<group>/<run>/metrics.jsonl, or with --label-by the value of an argument that the args.json beside the
-file, or one folder above, records. Nothing is smoothed. The mean is drawn as far as all seeds of the group
-go, over the steps at which any of them was evaluated, by interpolation where one was not.
+Arguments are run folders, or folders that are searched for them. A group is what is in one folder; --group-by
+takes an argument instead, such as env_id.
+
+The table. Final: the last evaluation of each seed. Best: the highest evaluation of any seed. Stays up: the
+lowest evaluation of any seed in the last quarter of its run. First reaches: the steps at which each seed's
+evaluation was first at the threshold or above. Minutes: the longest run's, evaluations and checkpoints included
+and compilation not; seeds that one process trained side by side share them.
+
+With --public the table has a row for each run, beside the mean of REPPO's public ones at the same environment
+steps: its evaluations at the three early steps that benchmark/anchors/reppo_returns.csv has, its last one, the
+mean of those of the last half million steps, since one evaluation of few episodes is noise, and its best one.
+
+The picture. A thick line for a group's mean, thin ones for its seeds; nothing is smoothed. The mean is drawn as
+far as all seeds go, over the steps at which any of them was evaluated, by interpolation where one was not.
 """
 
 import dataclasses
-import glob
-import json
+import itertools
 import pathlib
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import tyro
 
-COLOURS = ("#2a6f97", "#d1495b", "#4c956c", "#e09f3e", "#6d597a", "#00798c", "#8d5a3b", "#5c677d")
-FOLDER = "folder"
+from benchmark import figures
+from benchmark.markdown import markdown_table
+from benchmark.runs import RETURN, RUN, evaluations, read_table
+from benchmark.tasks import ROOT
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """One seed's values of a metric (n,), their steps, and seconds and steps at the end of the log."""
+EARLY = {"2.49M": 2_490_368, "4.98M": 4_980_736, "9.96M": 9_961_472}
+LAST = 500_000  # steps over which the last evaluations are averaged
 
-    steps: np.ndarray
-    values: np.ndarray
-    seconds: float
-    last_step: int
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Draw learning curves."""
+    """Compare learning curves."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]]  # metrics.jsonl files, folders or globs
-    output: str  # the image to write
-    metric: str = "eval/episodic_return"  # what to draw
-    label_by: str = FOLDER  # "folder", or an argument's name in args.json, such as env_id
-    title: str = ""  # above the axes
-    ylabel: str | None = None  # of the vertical axis; default: the metric's name
-    ymin: float | None = None  # lower end of the vertical axis
-    ymax: float | None = None  # upper end of the vertical axis
+    sources: tyro.conf.Positional[tuple[str, ...]]  # run folders, or folders that have some
+    metric: str = RETURN  # what counts
+    group_by: str = "folder"  # "folder", or an argument's name
+    until: float = np.inf  # leaves out what was logged after this step
+    threshold: float | None = None  # adds the first step at which an evaluation reaches it
+    decimals: int = 1  # of the metric
+    public: bool = False  # a table beside REPPO's public runs instead
+    output: str | None = None  # the image to write
+    title: str = ""  # above its axes
+    ylabel: str | None = None  # of its vertical axis; default: the metric's name
+    ymin: float | None = None  # lower end of its vertical axis
 
-def find_logs(sources: tuple[str, ...]) -> list[pathlib.Path]:
-    """All metrics.jsonl that files, folders or globs name, sorted, each once."""
-    found = {path for source in sources for path in map(pathlib.Path, glob.glob(source, recursive=True))}
-    files = {file.resolve() for path in found
-             for file in (path.rglob("metrics.jsonl") if path.is_dir() else [path])}
-    return sorted(files)
 
-def label_of(path: pathlib.Path, label_by: str) -> str:
-    """The group that a metrics.jsonl belongs to."""
-    if label_by == FOLDER:
-        return path.parent.parent.name
-    args = next((folder / "args.json" for folder in path.parents[:2] if (folder / "args.json").exists()),
-                None)
-    if args is None:
-        raise SystemExit(f"--label-by {label_by} needs an args.json beside {path}")
-    return str(json.loads(args.read_text())["args"][label_by])
+# ------------------------------------------------------------------------------------------------------ tables
+def first_step(run: pd.DataFrame, threshold: float) -> str:
+    """When an evaluation first reached a threshold."""
+    steps = run.step[run.value >= threshold]
+    return f"{steps.iloc[0]:,.0f}" if len(steps) else "never"
 
-def read_curve(path: pathlib.Path, metric: str, until: float) -> Curve:
-    """Read a metrics.jsonl up to a step, of a run in progress too; lines without the metric count for length
-    only."""
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    lines = [line for line in lines if line["step"] <= until]
-    own = [line for line in lines if metric in line]
-    if not own:
-        raise SystemExit(f"{path} has no {metric}")
-    steps, values = (np.array([line[name] for line in own], float) for name in ("step", metric))
-    return Curve(steps, values, lines[-1]["wall_time"], lines[-1]["step"])
 
-def read_groups(sources: tuple[str, ...], metric: str, label_by: str = FOLDER,
-                until: float = np.inf) -> dict[str, list[Curve]]:
-    """The curves of every group, in the order of their names."""
-    groups = {}
-    for path in find_logs(sources):
-        groups.setdefault(label_of(path, label_by), []).append(read_curve(path, metric, until))
-    if not groups:
-        raise SystemExit(f"no metrics.jsonl in {' '.join(sources)}")
-    return groups
+def group_row(group: str, table: pd.DataFrame, options: Options) -> list[str]:
+    """One group's row of the table."""
+    runs = [run for _, run in evaluations(table, options.metric).groupby(RUN)]
+    ends = table.groupby(RUN).step.max()
+    final = [run.value.iloc[-1] for run in runs]
+    late = [run.value[run.step >= 0.75 * end] for run, end in zip(runs, ends, strict=True)]
+    numbers = np.mean(final), max(run.value.max() for run in runs), pd.concat(late).min()
+    reached = []
+    if options.threshold is not None:
+        reached = [", ".join(first_step(run, options.threshold) for run in runs)]
+    shown = [f"{x:.{options.decimals}f}" for x in (*final, *numbers)]
+    return [group, str(len(runs)), ", ".join(shown[:-3]), *shown[-3:], *reached,
+            f"{table.wall_time.max() / 60:.1f}", f"{ends.max():,}"]
 
-def mean_curve(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and mean over curves, on all steps that lie within each of them."""
-    steps = np.unique(np.concatenate([curve.steps for curve in curves]))
-    low, high = max(curve.steps[0] for curve in curves), min(curve.steps[-1] for curve in curves)
-    steps = steps[(steps >= low) & (steps <= high)]
-    return steps, np.mean([np.interp(steps, curve.steps, curve.values) for curve in curves], axis=0)
 
+def group_table(table: pd.DataFrame, options: Options) -> str:
+    """A row for each group."""
+    reached = [] if options.threshold is None else [f"first reaches {options.threshold:g} (steps)"]
+    header = ["group", "seeds", "final", "mean", "best", "stays up", *reached, "minutes", "steps"]
+    rows = [group_row(group, own, options) for group, own in table.groupby("group", sort=False)]
+    return markdown_table(header, rows)
+
+
+def public_table(table: pd.DataFrame, options: Options) -> str:
+    """A row for each run, and above each task's one of REPPO's published means."""
+    public = pd.read_csv(ROOT / "benchmark" / "anchors" / "reppo_returns.csv", index_col="env")
+    rows = []
+    for task, own in table.groupby("task"):
+        mean = public.loc[task]
+        early = [f"{mean[f'reppo_large_at_{name}']:.1f}" for name in EARLY]
+        final = f"{mean.reppo_large_final_50M:.1f}"
+        rows.append((f"**{task}**: REPPO, public", *early, final, "", "", "50,000,000", ""))
+        runs = own.groupby(["algorithm", "group", *RUN])
+        rows += [public_row(f"{group}, seed {seed}", run, options) for (_, group, seed, _), run in runs]
+    header = ("run", *(f"at {name}" for name in EARLY), "last", "mean of the last", "best", "steps", "minutes")
+    return markdown_table(header, rows)
+
+
+def public_row(name: str, run: pd.DataFrame, options: Options) -> tuple[str, ...]:
+    """One run's row; what it has not reached is empty."""
+    found = evaluations(run, options.metric)
+    values = found.set_index("step").value
+    early = [f"{values[step]:.1f}" if step in values else "" for step in EARLY.values()]
+    late = values[values.index > values.index[-1] - LAST].mean()
+    return (name, *early, f"{values.iloc[-1]:.1f}", f"{late:.1f}", f"{values.max():.1f}",
+            f"{run.step.max():,}", f"{run.wall_time.max() / 60:.0f}")
+
+
+# ----------------------------------------------------------------------------------------------------- picture
 def spread_labels(heights: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
     """Heights moved as little as needed for labels to be at least gap apart within [low, high]."""
     order, placed = np.argsort(heights), np.array(heights, float)
-    for below, above in zip(order[:-1], order[1:], strict=True):
+    for below, above in itertools.pairwise(order):
         placed[above] = max(placed[above], placed[below] + gap)
     if len(placed) and placed[order[-1]] > high:
         placed[order[-1]] = high
-        for below, above in zip(order[-2::-1], order[:0:-1], strict=True):
+        for above, below in itertools.pairwise(order[::-1]):
             placed[below] = min(placed[below], placed[above] - gap)
     return np.maximum(placed, low)
 
-def note(groups: dict[str, list[Curve]]) -> str:
-    """What thick and thin lines are."""
-    fewest, most = (f(map(len, groups.values())) for f in (min, max))
+
+def note(seeds: pd.Series) -> str:
+    """What thick and thin lines are, by the number of seeds of each group."""
+    fewest, most = seeds.min(), seeds.max()
     count = most if fewest == most else f"{fewest} to {most}"
     return f"thick: mean of {count} seeds; thin: each of them" if most > 1 else ""
 
-def draw(groups: dict[str, list[Curve]], options: Options) -> None:
+
+def draw_group(axes: plt.Axes, own: pd.DataFrame, colour: str, unit: float) -> tuple[float, float]:
+    """A group's curves; where its mean ends."""
+    runs = [run for _, run in own.groupby(RUN)]
+    for run in runs if len(runs) > 1 else []:
+        axes.plot(run.step / unit, run.value, color=colour, linewidth=0.8, alpha=0.4)
+    steps = np.unique(own.step)
+    steps = steps[(steps >= max(run.step.min() for run in runs)) & (steps <= min(run.step.max() for run in runs))]
+    mean = np.mean([np.interp(steps, run.step, run.value) for run in runs], axis=0)
+    axes.plot(steps / unit, mean, color=colour, linewidth=2.4, solid_capstyle="round")
+    return steps[-1] / unit, mean[-1]
+
+
+def draw(table: pd.DataFrame, options: Options) -> None:
     """Draw all groups in one frame, each labelled where its mean ends."""
-    plt.rcParams.update({"font.size": 12, "axes.edgecolor": "0.6", "xtick.color": "0.35",
-                         "ytick.color": "0.35", "axes.labelcolor": "0.25"})
+    log = evaluations(table, options.metric)
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    million = max(curve.last_step for curves in groups.values() for curve in curves) >= 1e6
-    unit, ends = 1e6 if million else 1e3, []
-    for number, (label, curves) in enumerate(groups.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        for curve in curves if len(curves) > 1 else []:
-            axes.plot(curve.steps / unit, curve.values, color=colour, linewidth=0.8, alpha=0.4)
-        steps, mean = mean_curve(curves)
-        axes.plot(steps / unit, mean, color=colour, linewidth=2.4, solid_capstyle="round")
-        ends.append((steps[-1] / unit, mean[-1], label, colour))
-    longest = max(curve.steps[-1] for curves in groups.values() for curve in curves)
-    axes.set(xlim=(0, longest / unit), xlabel=f"environment steps ({'millions' if million else 'thousands'})",
-             ylabel=options.ylabel or options.metric.split("/")[-1].replace("_", " "))
-    axes.set_ylim(options.ymin, options.ymax)
+    unit, xlabel = figures.unit_of(log.step, "step")
+    ends = {}
+    for (group, own), colour in zip(log.groupby("group", sort=False), itertools.cycle(figures.COLOURS)):
+        ends[group] = (*draw_group(axes, own, colour, unit), colour)
+    axes.set(xlim=(0, log.step.max() / unit), xlabel=xlabel)
+    axes.set_ylabel(options.ylabel or options.metric.split("/")[-1].replace("_", " "))
+    axes.set_ylim(bottom=options.ymin)
     axes.set_title(options.title, loc="left", fontsize=13)
-    axes.set_title(note(groups), loc="right", fontsize=10, color="0.45")
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(note(log.groupby("group")[RUN].nunique().seed), loc="right", color="0.45")
     low, high = axes.get_ylim()
-    heights = spread_labels(np.array([end[1] for end in ends]), (high - low) * 0.06, low, high)
-    for (x, _, label, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(label, (x, height), (8, 0), textcoords="offset points", color=colour, va="center",
+    heights = spread_labels(np.array([end[1] for end in ends.values()]), (high - low) * 0.06, low, high)
+    for (group, (x, _, colour)), height in zip(ends.items(), heights, strict=True):
+        axes.annotate(group, (x, height), (8, 0), textcoords="offset points", color=colour, va="center",
                       annotation_clip=False)
+    pathlib.Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=200)
 
+
+# -------------------------------------------------------------------------------------------------------- main
+def main() -> None:
+    """Print the table, draw the picture."""
+    options = tyro.cli(Options)
+    table = read_table(options.sources, options.group_by)
+    if options.metric not in table:
+        print(f"benchmark.curves: error: no run in {' '.join(options.sources)} has {options.metric}", file=sys.stderr)
+        sys.exit(2)
+    table = table[(table.step <= options.until) & (table.state != "superseded")]
+    print(public_table(table, options) if options.public else group_table(table, options), end="")
+    if options.output:
+        draw(table, options)
+
+
 if __name__ == "__main__":
-    OPTIONS = tyro.cli(Options)
-    pathlib.Path(OPTIONS.output).parent.mkdir(parents=True, exist_ok=True)
-    draw(read_groups(OPTIONS.sources, OPTIONS.metric, OPTIONS.label_by), OPTIONS)
+    main()

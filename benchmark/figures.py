@@ -1,23 +1,24 @@
-"""The figures of a results page. Each function returns a figure and a table of the numbers in it."""
+"""All figures of results. Each function returns a figure and a table of the numbers in it.
 
+They draw from the long table of `runs.read_table`, evaluations only: a row has task, group, seed, folder, state,
+step, hours, `value`, the metric, and `score`, the same on the scale on which tasks are averaged."""
+
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-from benchmark.aggregates import interval, iqm, profile, stack  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from benchmark.outcomes import Outcome, axis_of, by_task, curve, select  # noqa: E402
+from benchmark.runs import RUN
+from benchmark.statistics import interval, profile
 
 COLOURS = ("#2a6f97", "#d1495b", "#4c956c", "#e09f3e", "#6d597a", "#00798c", "#8d5a3b", "#5c677d")
-Scale = dict[str, tuple[float, float]]  # a task's returns that count as 0 and as 1
+POINTS = 60  # at most, of a curve
 CITED = dict(color="0.45", linewidth=1.2, linestyle=(0, (4, 3)))  # of numbers that are not ours
 plt.rcParams.update({"font.size": 10, "axes.edgecolor": "0.6", "xtick.color": "0.35", "ytick.color": "0.35",
                      "axes.labelcolor": "0.25", "axes.spines.top": False, "axes.spines.right": False,
@@ -43,7 +44,7 @@ def frames(count: int, columns: int = 4, width: float = 3.3,
         empty.set_axis_off()
     return figure, list(axes.flat[:count])
 
-def unit_of(values: Sequence[float], axis: str) -> tuple[float, str]:
+def unit_of(values: Iterable[float], axis: str) -> tuple[float, str]:
     """What an axis up to these values is shown in, and its label."""
     largest = max(values, default=0)
     if axis == "hours":
@@ -69,52 +70,104 @@ def draw_band(axes: Axes, points: np.ndarray, band: np.ndarray, **style: Any) ->
     if not np.isnan(band[1:]).any():
         axes.fill_between(points, *band[1:], color=style["color"], alpha=0.2, linewidth=0)
 
-def normalise(values: np.ndarray, scale: tuple[float, float] | None) -> np.ndarray:
-    """Values on a scale that is 0 and 1 at these two; as they are without one."""
-    low, high = scale or (0.0, 1.0)
-    return (values - low) / (high - low)
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What there is to compare in a suite: its groups, on the tasks of which all of them have finished runs."""
 
-def band_of(outcomes: Sequence[Outcome], tasks: Sequence[str], axis: str,
-            scale: Scale) -> tuple[np.ndarray, np.ndarray]:
-    """Points (S,) and IQM with its interval (3, S) of these tasks' finished outcomes, each on its scale."""
-    found = by_task(outcomes)
-    points = axis_of([o for task in tasks for o in found[task]], axis)
-    scores = [[normalise(curve(o, axis, points), scale.get(task)) for o in found[task]] for task in tasks]
-    return points, interval(stack(scores), iqm)
+    title: str
+    groups: list[str]
+    tasks: list[str]
+    left_out: list[str]  # tasks of which some groups have finished runs
+    log: pd.DataFrame  # evaluations of the finished runs of groups and tasks
+    seeds: pd.DataFrame  # a row for each of these runs, with its last score
+    normalized: bool
+
+    def log_of(self, group: str) -> pd.DataFrame:
+        """The evaluations of a group."""
+        return self.log[self.log.group == group]
+
+    def scores_of(self, group: str) -> np.ndarray:
+        """The last scores (R, T) of a group."""
+        return matrix(self.seeds[self.seeds.group == group], self.tasks, "score")
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+def matrix(seeds: pd.DataFrame, tasks: Sequence[str], column: str) -> np.ndarray:
+    """A column (R, T) of runs, a row each, of these tasks. Of a task that has more runs than another the first
+    ones count."""
+    runs = {task: seeds.loc[seeds.task == task, column].to_numpy() for task in tasks}
+    count = min(map(len, runs.values()))
+    return np.stack([own[:count] for own in runs.values()], 1)
+
+
+def shared_points(log: pd.DataFrame, axis: str) -> np.ndarray:
+    """Points (S,) in steps or hours at which all of these runs can be compared: from the latest first evaluation
+    to the earliest last one, at the evaluations or, if these are many or at different hours, evenly spread."""
+    ends = log.groupby(["task", *RUN])[axis].agg(["min", "max"])
+    low, high = ends["min"].max(), ends["max"].min()
+    points = np.unique(log[axis])
+    points = points[(points >= low) & (points <= high)]
+    if low > high:
+        return np.zeros(0)
+    return points if axis == "step" and 0 < len(points) <= POINTS else np.linspace(low, high, POINTS)
+
+
+def curves(log: pd.DataFrame, tasks: Sequence[str], axis: str, points: np.ndarray,
+           column: str = "score") -> np.ndarray:
+    """A column (R, T, S) of the runs of these tasks at points (S,), between the evaluations by interpolation."""
+    runs = {task: [] for task in tasks}
+    for (task, *_), run in log.groupby(["task", *RUN]):
+        runs[task].append(np.interp(points, run[axis], run[column]))
+    count = min(map(len, runs.values()))
+    return np.stack([own[:count] for own in runs.values()], 1)
+
+
+def band_of(log: pd.DataFrame, tasks: Sequence[str], axis: str,
+            column: str = "score") -> tuple[np.ndarray, np.ndarray]:
+    """Points (S,) and IQM with its interval (3, S) over these tasks' runs."""
+    points = shared_points(log, axis)
+    if not len(points):
+        return points, np.zeros((3, 0))
+    return points, interval(curves(log, tasks, axis, points, column))
+
 
 def band_rows(points: np.ndarray, band: np.ndarray, axis: str, **labels: Any) -> pd.DataFrame:
     """The numbers of a band as a table."""
-    columns = {"environment_steps" if axis == "steps" else axis: points, "iqm": band[0], "low": band[1],
+    columns = {"environment_steps" if axis == "step" else axis: points, "iqm": band[0], "low": band[1],
                "high": band[2]}
     return pd.DataFrame({**labels, **columns})
 
+
 # ---------------------------------------------------------------------------------------------------- figures
-def draw_task(axes: Axes, outcomes: list[Outcome], colours: dict[str, str],
-              unit: float) -> list[pd.DataFrame]:
+def draw_task(axes: Axes, log: pd.DataFrame, colours: dict[str, str], unit: float) -> list[pd.DataFrame]:
     """One task's frame: each group's band over finished runs; thin lines for seeds, dotted if unfinished."""
     tables = []
     for group, colour in colours.items():
-        own = [o for o in select(outcomes, group=group) if len(o.values) and o.state != "superseded"]
-        done = select(own, state="finished")
-        for o in own:
+        own = log[log.group == group]
+        for _, run in own.groupby(RUN):
             finished, unfinished = dict(linewidth=0.7, alpha=0.45), dict(linewidth=1.2, linestyle=":")
-            style = finished if o.state == "finished" else unfinished
-            axes.plot(o.steps / unit, o.values, color=colour, **style)
-        if done and len(points := axis_of(done, "steps")):
-            band = interval(stack([[curve(o, "steps", points) for o in done]]), iqm)
+            style = finished if run.state.iloc[0] == "finished" else unfinished
+            axes.plot(run.step / unit, run.value, color=colour, **style)
+        done = own[own.state == "finished"]
+        if done.empty:
+            continue
+        points, band = band_of(done, list(done.task.unique()), "step", "value")
+        if len(points):
             draw_band(axes, points / unit, band, color=colour, label=group)
-            tables.append(band_rows(points, band, "steps", task=done[0].env_id, group=group, runs=len(done)))
+            runs = done.groupby(RUN).ngroups
+            tables.append(band_rows(points, band, "step", task=done.task.iloc[0], group=group, runs=runs))
     return tables
 
-def tasks_figure(outcomes: list[Outcome], colours: dict[str, str], cited: dict[str, float], ylabel: str,
+
+def tasks_figure(log: pd.DataFrame, colours: dict[str, str], cited: dict[str, float], ylabel: str,
                  missing: str) -> tuple[Figure, pd.DataFrame]:
     """A frame for each task that any group has a run of (Figures 9 to 14); cited returns as dashed lines."""
-    tasks = list(dict.fromkeys(o.env_id for o in outcomes if len(o.values)))
-    unit, xlabel = unit_of([o.steps[-1] for o in outcomes if len(o.values)], "steps")
+    tasks = list(log.task.unique())
+    unit, xlabel = unit_of(log.step, "step")
     figure, axes = frames(len(tasks), 5 if len(tasks) > 12 else 4 if len(tasks) > 4 else min(len(tasks), 3))
     tables = []
     for frame, task in zip(axes, tasks, strict=True):
-        tables += draw_task(frame, select(outcomes, env_id=task), colours, unit)
+        tables += draw_task(frame, log[log.task == task], colours, unit)
         if task in cited:
             frame.axhline(cited[task], label="REPPO after 50M steps (cited)", **CITED)
         frame.set_title(task.rpartition(":")[2])
@@ -125,6 +178,7 @@ def tasks_figure(outcomes: list[Outcome], colours: dict[str, str], cited: dict[s
     legend(figure, axes)
     return figure, pd.concat(tables) if tables else pd.DataFrame(columns=["task", "group"])
 
+
 def draw_cited(axes: Axes, cited: list[tuple[str, float, float | None]], unit: float) -> None:
     """Numbers that are not ours: points where they took known hours, otherwise lines."""
     for number, (label, value, hours) in enumerate(cited):
@@ -134,50 +188,46 @@ def draw_cited(axes: Axes, cited: list[tuple[str, float, float | None]], unit: f
         else:
             axes.plot(hours / unit, value, "d", markersize=6, **style)
 
-def suites_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str], axis: str, ylabel: str,
+
+def suites_figure(panels: dict[str, Panel], colours: dict[str, str], axis: str, ylabel: str,
                   cited: dict[str, list[tuple[str, float, float | None]]]) -> tuple[Figure, pd.DataFrame]:
-    """A frame for each suite (Figure 2; over hours, Figure 5). A panel has its title, outcomes, tasks, groups
-    and scale; cited numbers are a label, a value, and the hours they took if axis is hours."""
+    """A frame for each suite (Figure 2; over hours, Figure 5). Cited numbers are a label, a value, and the hours
+    they took if axis is hours."""
     figure, axes = frames(len(panels), min(len(panels), 3), 4.2, 3.2)
     tables = []
     for frame, (suite, panel) in zip(axes, panels.items(), strict=True):
-        bands = {group: band_of(select(panel["outcomes"], group=group), panel["tasks"], axis, panel["scale"])
-                 for group in panel["groups"]}
+        bands = {group: band_of(panel.log_of(group), panel.tasks, axis) for group in panel.groups}
         unit, xlabel = unit_of([points[-1] for points, _ in bands.values() if len(points)], axis)
         for group, (points, band) in bands.items():
             draw_band(frame, points / unit, band, color=colours[group], label=group)
-            tables.append(band_rows(points, band, axis, suite=suite, group=group, tasks=len(panel["tasks"])))
+            tables.append(band_rows(points, band, axis, suite=suite, group=group, tasks=len(panel.tasks)))
         draw_cited(frame, cited.get(suite, []), unit)
-        frame.set(xlabel=xlabel, xlim=(0, None), title=panel["title"])
+        frame.set(xlabel=xlabel, xlim=(0, None), title=panel.title)
         start_at_zero(frame)
-        frame.set_ylabel(f"IQM of {'normalised ' if panel['scale'] else ''}{ylabel}")
+        frame.set_ylabel(f"IQM of {'normalised ' if panel.normalized else ''}{ylabel}")
     legend(figure, axes)
     return figure, pd.concat(tables)
 
-def profiles_figure(panels: dict[str, dict[str, Any]], colours: dict[str, str],
+
+def profiles_figure(panels: dict[str, Panel], colours: dict[str, str],
                     xlabel: str) -> tuple[Figure, pd.DataFrame]:
     """For each suite the share of runs whose last evaluation is above a threshold."""
     figure, axes = frames(len(panels), min(len(panels), 3), 4.2, 3.2)
     tables = []
     for frame, (suite, panel) in zip(axes, panels.items(), strict=True):
-        scores = {group: final_scores(select(panel["outcomes"], group=group), panel["tasks"], panel["scale"])
-                  for group in panel["groups"]}
-        low, high = (f([f(x) for x in scores.values()]) for f in (np.nanmin, np.nanmax))
+        scores = {group: panel.scores_of(group) for group in panel.groups}
+        low, high = (f([f(x) for x in scores.values()]) for f in (np.min, np.max))
         taus = np.linspace(low - 0.05 * (high - low), high + 0.02 * (high - low), 101)
         for group, values in scores.items():
             band = interval(values, lambda x, taus=taus: profile(x, taus))
             draw_band(frame, taus, band, color=colours[group], label=group)
             numbers = dict(threshold=taus, share=band[0], low=band[1], high=band[2])
             tables.append(pd.DataFrame({"suite": suite, "group": group, **numbers}))
-        frame.set(xlabel=f"{'normalised ' if panel['scale'] else ''}{xlabel} τ",
-                  ylabel="share of runs above τ", ylim=(-0.02, 1.02), title=panel["title"])
+        frame.set(xlabel=f"{'normalised ' if panel.normalized else ''}{xlabel} τ",
+                  ylabel="share of runs above τ", ylim=(-0.02, 1.02), title=panel.title)
     legend(figure, axes)
     return figure, pd.concat(tables)
 
-def final_scores(outcomes: list[Outcome], tasks: Sequence[str], scale: Scale) -> np.ndarray:
-    """Last evaluations (R, T) of finished outcomes."""
-    found = by_task(outcomes)
-    return stack([[normalise(o.final, scale.get(task)) for o in found[task]] for task in tasks])
 
 def points_with_intervals(axes: Axes, places: Sequence[float], bands: np.ndarray, **style: Any) -> None:
     """A point for each estimate at its place, with its interval: (P,), (P, 3)."""
@@ -198,29 +248,31 @@ def improvement_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
              xlabel="probability that a run of the first is better than one of the second")
     return figure, table
 
-def ablation_figure(outcomes: dict[float, list[Outcome]], tasks: Sequence[str], scale: Scale,
-                    title: str, xlabel: str, ylabel: str, axis: str) -> tuple[Figure, pd.DataFrame]:
-    """Curves for each value, coloured by its logarithm, and last evaluations over values (Figures 5, 6)."""
+
+def ablation_figure(logs: dict[float, pd.DataFrame], tasks: Sequence[str], finals: np.ndarray, title: str,
+                    xlabel: str, ylabel: str, axis: str) -> tuple[Figure, pd.DataFrame]:
+    """Curves for each value, coloured by its logarithm, and last evaluations (V, 3) over values (Figures 5, 6)."""
     figure, (left, right) = frames(2, 2, 4.6, 3.2)
-    spread = np.log10(list(outcomes))
+    spread = np.log10(list(logs))
     shade = plt.get_cmap("viridis")((spread - spread.min()) / max(np.ptp(spread), 1e-9) * 0.92)
-    bands = {value: band_of(own, tasks, axis, scale) for value, own in outcomes.items()}
-    finals = np.array([interval(final_scores(own, tasks, scale), iqm)[:, 0] for own in outcomes.values()])
+    bands = {value: band_of(log, tasks, axis) for value, log in logs.items()}
     unit, label = unit_of([points[-1] for points, _ in bands.values() if len(points)], axis)
     tables = []
     for colour, (value, (points, band)), final in zip(shade, bands.items(), finals, strict=True):
         draw_band(left, points / unit, band, color=colour, label=f"{value:g}")
         points_with_intervals(right, [value], final[None], color=colour, markersize=7)
-        tables.append(band_rows(points, band, axis, value=value, runs=len(outcomes[value]), tasks=len(tasks)))
-    right.plot(list(outcomes), finals[:, 0], color="0.75", linewidth=1, zorder=1)
+        runs = logs[value].groupby(["task", *RUN]).ngroups
+        tables.append(band_rows(points, band, axis, value=value, runs=runs, tasks=len(tasks)))
+    right.plot(list(logs), finals[:, 0], color="0.75", linewidth=1, zorder=1)
     left.set(xlabel=label, ylabel=f"IQM of {ylabel}", xlim=(0, None), title=title)
     start_at_zero(left)
     left.legend(title=xlabel, fontsize=8, title_fontsize=8)
-    right.set(xscale="log", xlabel=xlabel, ylabel=f"IQM of last {ylabel}", xticks=list(outcomes))
-    right.set_xticklabels([f"{value:g}" for value in outcomes])
+    right.set(xscale="log", xlabel=xlabel, ylabel=f"IQM of last {ylabel}", xticks=list(logs))
+    right.set_xticklabels([f"{value:g}" for value in logs])
     right.tick_params(axis="x", which="minor", bottom=False)
     start_at_zero(right)
     return figure, pd.concat(tables)
+
 
 def evaluation_figure(table: pd.DataFrame, ylabel: str) -> tuple[Figure, pd.DataFrame]:
     """Returns of the ways to evaluate (Figure 6, right): a frame for each suite and group; a table with
