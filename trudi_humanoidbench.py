@@ -20,10 +20,10 @@
     python trudi_humanoidbench.py --env-id Hopper-v5 --preset cpu     # a curve in minutes on two CPU cores
 
 Worker processes simulate; the learner is that of trudi_mjx.py. `# Eq. 181` marks where an equation of the
-paper is computed; README.md has their table and the paper's errata, E1 to E19. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, N denoising steps, O entries of an observation, A action
-dimensions, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in
-order.
+paper is computed; README.md has their table, benchmark/errata.md the paper's errata, E1 to E19. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, N denoising steps, O entries of an
+observation, A action dimensions, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N
+holds n = 1 ... N in order.
 """
 
 import atexit
@@ -87,7 +87,7 @@ PAPER = dict(  # Table 5
     eval_interval=100,
     checkpoint_interval=20,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=1_000_000,
     num_envs=64,
     num_steps=64,

@@ -19,9 +19,10 @@
     torchrun --nproc-per-node 4 trudi_isaaclab.py --env-id Isaac-Velocity-Flat-H1   # on four GPUs
 
 It has the order and the names of trudi_mjx.py. `# Eq. 181` marks where an equation of the paper is computed;
-README.md has their table and the paper's errata, E1 to E19. Axes in shapes: T steps of a rollout, E
-environments, B states of a batch, N denoising steps, A action dimensions, O entries of an observation, H
-hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
+README.md has their table, benchmark/errata.md the paper's errata, E1 to E19. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, N denoising steps, A action dimensions, O entries of an
+observation, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in
+order.
 """
 
 import contextlib
@@ -73,7 +74,7 @@ PAPER = dict(  # Table 5
     eval_interval=50,
     checkpoint_interval=20,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=200_000,
     num_envs=32,
     minibatch_size=256,
@@ -112,7 +113,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Table 5, or small ones for two CPU cores"""
     action_scale: float = 1.0
-    """the simulator's boxes are unbounded and it gets actions in [-this, this]; see README.md"""
+    """the simulator's boxes are unbounded, it gets [-this, this]; see benchmark/troubleshooting.md"""
     log_dir: str = "runs"
     """parent of the run folders"""
 

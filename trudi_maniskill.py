@@ -18,9 +18,10 @@
     torchrun --nproc-per-node 4 trudi_maniskill.py --env-id PickCube-v1   # four GPUs share the work
 
 It has the order and the names of trudi_mjx.py. `# Eq. 181` marks where an equation of the paper is computed;
-README.md has their table and the paper's errata, E1 to E19. Axes in shapes: T steps of a rollout, E
-environments, B states of a batch, N denoising steps, A action dimensions, O entries of an observation, H
-hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
+README.md has their table, benchmark/errata.md the paper's errata, E1 to E19. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, N denoising steps, A action dimensions, O entries of an
+observation, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in
+order.
 """
 
 import contextlib
@@ -72,7 +73,7 @@ PAPER = dict(  # Table 5, but for gamma: its 0.99 makes returns of up to 100, of
     eval_interval=15,
     checkpoint_interval=15,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=300_000,
     num_envs=32,
     num_steps=64,

@@ -22,10 +22,10 @@
     python trudi_mjx.py --env-id G1JoystickRoughTerrain            # the paper's settings, for a GPU
     python trudi_mjx.py --env-id CartpoleBalance --preset cpu      # a curve in minutes on two CPU cores
 
-`# Eq. 181` marks where an equation of the paper is computed; README.md has their table and the paper's
-errata, E1 to E19. Axes in shapes: T steps of a rollout, E environments, B states of a batch, N denoising
-steps, A action dimensions, H hidden units, K seeds. Latent actions go from a^N, noise, to a^0; an axis of N
-holds n = 1 ... N in order.
+`# Eq. 181` marks where an equation of the paper is computed; README.md has their table, benchmark/errata.md
+the paper's errata, E1 to E19. Axes in shapes: T steps of a rollout, E environments, B states of a batch, N
+denoising steps, A action dimensions, H hidden units, K seeds. Latent actions go from a^N, noise, to a^0; an
+axis of N holds n = 1 ... N in order.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ SUITE = {  # Table 5
     "dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0),
     "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0),
 }
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -82,7 +82,7 @@ PAPER = dict(  # Table 5
     num_eval_envs=128,
     eval_interval=15,
 )
-CPU = dict(  # measured on two cores, see README.md
+CPU = dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=2_000_000,
     num_envs=512,
     num_steps=64,
@@ -96,7 +96,7 @@ CPU = dict(  # measured on two cores, see README.md
     num_eval_envs=64,
     eval_interval=3,
 )
-CPU_HUMANOID = CPU | dict(  # measured on T1JoystickFlatTerrain, see README.md
+CPU_HUMANOID = CPU | dict(  # measured on T1JoystickFlatTerrain, see benchmark/README.md
     total_timesteps=6_000_000,
     num_envs=256,
     num_steps=32,
@@ -1266,8 +1266,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
-# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
-# calls that go with them.
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts.
+# benchmark/copying.md lists the calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size actor_learning_rate "
     "critic_learning_rate dual_learning_rate max_grad_norm hidden_dim num_diffusion_steps prior_std "

@@ -76,7 +76,9 @@ def test_episodes_count_up_to_their_end(evaluated):
 
 def test_readme_names_metrics_that_are_logged(evaluated):
     root = pathlib.Path(trudi.__file__).parent
-    text, *others = ((root / name).read_text() for name in ("README.md", "trudi_maniskill.py", "trudi_humanoidbench.py"))
+    pages = ["README.md", *(f"benchmark/{name}.md" for name in ("README", "errata", "troubleshooting", "copying"))]
+    text = "\n".join((root / page).read_text() for page in pages)
+    others = [(root / name).read_text() for name in ("trudi_maniskill.py", "trudi_humanoidbench.py")]
     named = set(re.findall(r"`((?:charts|losses|eval|trust_region|entropy|critic)/\w+)`", text))
     assert named
     unknown = named - evaluated[1] - {"charts/SPS"}

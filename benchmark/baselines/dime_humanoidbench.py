@@ -21,10 +21,10 @@ It is made from trudi_humanoidbench.py as dime_mjx.py is from trudi_mjx.py, whos
 differs: there is no trust region. What differs between dime_mjx.py and this file is what differs between
 those two.
 
-`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, N denoising steps, O entries of an observation, A action
-dimensions, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in
-order.
+`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, N denoising steps, O entries of an
+observation, A action dimensions, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N
+holds n = 1 ... N in order.
 """
 
 import atexit
@@ -88,7 +88,7 @@ PAPER = dict(  # Table 5
     eval_interval=100,
     checkpoint_interval=20,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=1_000_000,
     num_envs=64,
     num_steps=64,

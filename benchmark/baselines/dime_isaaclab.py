@@ -26,9 +26,10 @@ Of TruDi's paper are the sizes, gamma, the atoms, the learning rates and the gra
 of REPPO's code lambda of the returns, alpha at the start, and actions in [-1, 1]; of DIME's the step sizes
 and the prior's deviation. The entropy's target is TruDi's, on which the paper is silent.
 
-`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, N denoising steps, A action dimensions, O entries of an
-observation, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N is ordered n = 1 ... N.
+`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, N denoising steps, A action dimensions, O
+entries of an observation, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N is ordered
+n = 1 ... N.
 """
 
 import contextlib
@@ -80,7 +81,7 @@ PAPER = dict(  # Table 5
     eval_interval=50,
     checkpoint_interval=20,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=200_000,
     num_envs=32,
     minibatch_size=256,
@@ -119,7 +120,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Table 5, or small ones for two CPU cores"""
     action_scale: float = 1.0
-    """the simulator's boxes are unbounded and it gets actions in [-this, this]; see README.md"""
+    """the simulator's boxes are unbounded, it gets [-this, this]; see benchmark/troubleshooting.md"""
     log_dir: str = "runs"
     """parent of the run folders"""
 

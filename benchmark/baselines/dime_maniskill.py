@@ -25,9 +25,10 @@ Of TruDi's paper are the sizes, the atoms, the learning rates and the gradients'
 REPPO's code lambda of the returns, alpha at the start, and gamma, 1 - 10 / time limit; of DIME's the step
 sizes and the prior's deviation. The entropy's target is TruDi's, on which the paper is silent.
 
-`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, N denoising steps, A action dimensions, O entries of an
-observation, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N is ordered n = 1 ... N.
+`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, N denoising steps, A action dimensions, O
+entries of an observation, H hidden units. Latent actions go from a^N, noise, to a^0; an axis of N is ordered
+n = 1 ... N.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ PAPER = dict(  # Table 5, but for gamma: its 0.99 makes returns of up to 100, of
     eval_interval=15,
     checkpoint_interval=15,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=300_000,
     num_envs=32,
     num_steps=64,

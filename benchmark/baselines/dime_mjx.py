@@ -27,9 +27,9 @@ B.5 of arXiv 2606.15260); DIME itself learns off-policy from a replay buffer. Th
 lambda-returns, alpha and its target are TruDi's, so that the two differ in nothing but the trust region. The
 KL that an iteration came to is logged, as trust_region/fresh_kl.
 
-`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, N denoising steps, A action dimensions, H hidden units, K seeds.
-Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
+`# Eq. 182` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, N denoising steps, A action dimensions, H
+hidden units, K seeds. Latent actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ SUITE = {  # Table 5
     "dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0),
     "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0),
 }
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -86,7 +86,7 @@ PAPER = dict(  # Table 5
     num_eval_envs=128,
     eval_interval=15,
 )
-CPU = dict(  # measured on two cores, see README.md
+CPU = dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=2_000_000,
     num_envs=512,
     num_steps=64,
@@ -1230,8 +1230,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
-# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
-# calls that go with them.
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts.
+# benchmark/copying.md lists the calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size actor_learning_rate "
     "critic_learning_rate dual_learning_rate max_grad_norm hidden_dim num_diffusion_steps prior_std "

@@ -34,7 +34,7 @@ is 0.2, and its text has rates that decay, without saying how. The network predi
 can do as well, and does not by default: of actions that predicted noise stands for, untrained, most lie
 outside of [-1, 1], where they are clipped and have no gradient. What all leave open is as in ppo_mjx.py.
 
-README.md has a table of TruDi's paper's errata, E1 to E19. Axes in shapes: T steps of a rollout, E
+benchmark/errata.md has a table of TruDi's paper's errata, E1 to E19. Axes in shapes: T steps of a rollout, E
 environments, B states of a batch, N denoising steps, A action dimensions, H hidden units, K seeds. Latent
 actions go from a^N, noise, to a^0; an axis of N holds n = 1 ... N in order.
 """
@@ -72,7 +72,7 @@ DMC = (
 ).split()
 HUMANOID = "G1JoystickFlatTerrain G1JoystickRoughTerrain T1JoystickFlatTerrain T1JoystickRoughTerrain".split()
 SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -1191,8 +1191,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
-# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
-# calls that go with them.
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts.
+# benchmark/copying.md lists the calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size actor_learning_rate "
     "critic_learning_rate max_grad_norm hidden_dim num_diffusion_steps epsilon num_workers num_devices "

@@ -33,8 +33,8 @@ where the critic has five. Of its code are also rewards times 10, draws of time 
 last layers that start like the others, so that observations are not standardised before the first rollout
 has been learned from. What all leave open is as in ppo_mjx.py.
 
-README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
-environments, B states of a batch, S draws, A action dimensions, K seeds.
+benchmark/errata.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, S draws, A action dimensions, K seeds.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ DMC = (
 ).split()
 HUMANOID = "G1JoystickFlatTerrain G1JoystickRoughTerrain T1JoystickFlatTerrain T1JoystickRoughTerrain".split()
 SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -1069,8 +1069,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
-# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
-# calls that go with them.
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts.
+# benchmark/copying.md lists the calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate max_grad_norm "
     "reward_scale hidden_dim actor_hidden_dim epsilon num_flow_steps num_workers num_devices total_timesteps "

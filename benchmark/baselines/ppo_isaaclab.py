@@ -29,8 +29,8 @@ train each task. But time-outs have the value of the true next state where the s
 not clipped, as Table 4 has "MSE", gradients are clipped for each network apart, and observations are
 standardised in every task, in Isaac Lab only for the hands.
 
-README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
-environments, B states of a batch, A action dimensions, O entries of an observation.
+benchmark/errata.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, A action dimensions, O entries of an observation.
 """
 
 import contextlib

@@ -28,8 +28,8 @@ entropy, and actions clipped to [-1, 1]. Gamma is 1 - 10 / time limit as for Tru
 ppo.py's 0.8, too; the paper has 0.99. But time-outs have the value of the true next state, values are not
 clipped, as Table 4 has "MSE", and gradients are clipped for each network apart.
 
-README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
-environments, B states of a batch, A action dimensions, O entries of an observation.
+benchmark/errata.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, A action dimensions, O entries of an observation.
 """
 
 import contextlib

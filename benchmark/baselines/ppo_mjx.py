@@ -31,8 +31,8 @@ rate follows the KL, there are 5 epochs of 4 minibatches, and advantages are sta
 time-outs have the value of the true next state, values are not clipped, as Table 4 has "MSE", and gradients
 are clipped for each network apart.
 
-README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
-environments, B states of a batch, A action dimensions, K seeds.
+benchmark/errata.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, A action dimensions, K seeds.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ DMC = (
 ).split()
 HUMANOID = "G1JoystickFlatTerrain G1JoystickRoughTerrain T1JoystickFlatTerrain T1JoystickRoughTerrain".split()
 SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -1069,8 +1069,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
-# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
-# calls that go with them.
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts.
+# benchmark/copying.md lists the calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate desired_kl "
     "max_grad_norm hidden_dim epsilon num_workers num_devices total_timesteps eval_interval num_eval_envs "

@@ -21,9 +21,9 @@ It is made from trudi_humanoidbench.py as reppo_mjx.py is from trudi_mjx.py, who
 differs: a Gaussian policy, its entropy, and a closed KL as the trust region. What differs between
 reppo_mjx.py and this file is what differs between those two.
 
-`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, O entries of an observation, A action dimensions, H hidden
-units.
+`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, O entries of an observation, A action
+dimensions, H hidden units.
 """
 
 import atexit
@@ -86,7 +86,7 @@ PAPER = dict(  # Table 5
     eval_interval=100,
     checkpoint_interval=20,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=1_000_000,
     num_envs=64,
     num_steps=64,

@@ -28,9 +28,9 @@ Of TruDi's paper are the sizes, gamma, the atoms, epsilon, the learning rates an
 4 and 5); of REPPO's code the entropy's target, -A / 2, alpha and lambda at the start, lambda of the returns,
 and actions in [-1, 1].
 
-`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, A action dimensions, O entries of an observation, H hidden
-units.
+`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, A action dimensions, O entries of an
+observation, H hidden units.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ PAPER = dict(  # Table 5
     eval_interval=50,
     checkpoint_interval=20,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=200_000,
     num_envs=32,
     minibatch_size=256,
@@ -115,7 +115,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Table 5, or small ones for two CPU cores"""
     action_scale: float = 1.0
-    """the simulator's boxes are unbounded and it gets actions in [-this, this]; see README.md"""
+    """the simulator's boxes are unbounded, it gets [-this, this]; see benchmark/troubleshooting.md"""
     log_dir: str = "runs"
     """parent of the run folders"""
 

@@ -27,9 +27,9 @@ Of TruDi's paper are the sizes, the atoms, epsilon, the learning rates and the g
 5); of REPPO's code the entropy's target, -A / 2, alpha and lambda at the start, lambda of the returns, and
 gamma, 1 - 10 / time limit.
 
-`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, A action dimensions, O entries of an observation, H hidden
-units.
+`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, A action dimensions, O entries of an
+observation, H hidden units.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ PAPER = dict(  # Table 5, but for gamma: its 0.99 makes returns of up to 100, of
     eval_interval=15,
     checkpoint_interval=15,
 )
-CPU = PAPER | dict(  # measured on two cores, see README.md
+CPU = PAPER | dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=300_000,
     num_envs=32,
     num_steps=64,

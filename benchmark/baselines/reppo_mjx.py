@@ -30,8 +30,9 @@ one of its files, and four by LayerNorm in the other. The entropy's target is th
 Its auxiliary loss, by which the critic also predicts the reward and its own next features, weighs 1 in one of
 its files and 0 in the newer one, as here: --aux-loss-scale. --eval-mode mode takes the tanh of the mean.
 
-`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md has their tables. Axes in shapes: T steps of a
-rollout, E environments, B states of a batch, A action dimensions, H hidden units, K seeds.
+`# Eq. 181` and E1 to E19 are of TruDi's paper; README.md and benchmark/errata.md have their tables. Axes in
+shapes: T steps of a rollout, E environments, B states of a batch, A action dimensions, H hidden units, K
+seeds.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ SUITE = {  # Table 5
     "dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0),
     "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0),
 }
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -87,7 +88,7 @@ PAPER = dict(  # Table 5
     num_eval_envs=128,
     eval_interval=15,
 )
-CPU = dict(  # measured on two cores, see README.md
+CPU = dict(  # measured on two cores, see benchmark/README.md
     total_timesteps=2_000_000,
     num_envs=512,
     num_steps=64,
@@ -1195,8 +1196,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
-# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
-# calls that go with them.
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts.
+# benchmark/copying.md lists the calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size actor_learning_rate "
     "critic_learning_rate dual_learning_rate max_grad_norm hidden_dim trust_region_bound num_atoms "

@@ -27,8 +27,8 @@ best, and the gradient beyond it leads back. The learning rate is Table 4's 1e-3
 it to the KL for PPO alone, and lets 3e-4 fall to 0. All else is ppo_mjx.py's, as
 `diff benchmark/baselines/ppo_mjx.py benchmark/baselines/spo_mjx.py` shows.
 
-README.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a rollout, E
-environments, B states of a batch, A action dimensions, K seeds.
+benchmark/errata.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a
+rollout, E environments, B states of a batch, A action dimensions, K seeds.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ DMC = (
 ).split()
 HUMANOID = "G1JoystickFlatTerrain G1JoystickRoughTerrain T1JoystickFlatTerrain T1JoystickRoughTerrain".split()
 SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see README.md
+CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -1049,8 +1049,8 @@ def evaluate(setup: Setup, state: TrainState) -> tuple[Metrics, Any]:
 
 
 # --------------------------------------------------------------------------------- what a copy can do without
-# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts. README.md lists the
-# calls that go with them.
+# Checks of flags, video, checkpoints, continuing a run, its provenance, several hosts.
+# benchmark/copying.md lists the calls that go with them.
 POSITIVE = (
     "num_seeds episode_length num_envs num_steps num_epochs minibatch_size learning_rate max_grad_norm "
     "hidden_dim epsilon num_workers num_devices total_timesteps eval_interval num_eval_envs "
