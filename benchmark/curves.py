@@ -74,8 +74,15 @@ def group_row(group: str, table: pd.DataFrame, options: Options) -> list[str]:
     if options.threshold is not None:
         reached = [", ".join(first_step(run, options.threshold) for run in runs)]
     shown = [f"{x:.{options.decimals}f}" for x in (*final, *numbers)]
-    return [group, str(len(runs)), ", ".join(shown[:-3]), *shown[-3:], *reached,
-            f"{table.wall_time.max() / 60:.1f}", f"{ends.max():,}"]
+    return [
+        group,
+        str(len(runs)),
+        ", ".join(shown[:-3]),
+        *shown[-3:],
+        *reached,
+        f"{table.wall_time.max() / 60:.1f}",
+        f"{ends.max():,}",
+    ]
 
 
 def group_table(table: pd.DataFrame, options: Options) -> str:
@@ -97,7 +104,15 @@ def public_table(table: pd.DataFrame, options: Options) -> str:
         rows.append((f"**{task}**: REPPO, public", *early, final, "", "", "50,000,000", ""))
         runs = own.groupby(["algorithm", "group", *RUN])
         rows += [public_row(f"{group}, seed {seed}", run, options) for (_, group, seed, _), run in runs]
-    header = ("run", *(f"at {name}" for name in EARLY), "last", "mean of the last", "best", "steps", "minutes")
+    header = (
+        "run",
+        *(f"at {name}" for name in EARLY),
+        "last",
+        "mean of the last",
+        "best",
+        "steps",
+        "minutes",
+    )
     return markdown_table(header, rows)
 
 
@@ -107,8 +122,15 @@ def public_row(name: str, run: pd.DataFrame, options: Options) -> tuple[str, ...
     values = found.set_index("step").value
     early = [f"{values[step]:.1f}" if step in values else "" for step in EARLY.values()]
     late = values[values.index > values.index[-1] - LAST].mean()
-    return (name, *early, f"{values.iloc[-1]:.1f}", f"{late:.1f}", f"{values.max():.1f}",
-            f"{run.step.max():,}", f"{run.wall_time.max() / 60:.0f}")
+    return (
+        name,
+        *early,
+        f"{values.iloc[-1]:.1f}",
+        f"{late:.1f}",
+        f"{values.max():.1f}",
+        f"{run.step.max():,}",
+        f"{run.wall_time.max() / 60:.0f}",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- picture
@@ -137,7 +159,9 @@ def draw_group(axes: plt.Axes, own: pd.DataFrame, colour: str, unit: float) -> t
     for run in runs if len(runs) > 1 else []:
         axes.plot(run.step / unit, run.value, color=colour, linewidth=0.8, alpha=0.4)
     steps = np.unique(own.step)
-    steps = steps[(steps >= max(run.step.min() for run in runs)) & (steps <= min(run.step.max() for run in runs))]
+    steps = steps[
+        (steps >= max(run.step.min() for run in runs)) & (steps <= min(run.step.max() for run in runs))
+    ]
     mean = np.mean([np.interp(steps, run.step, run.value) for run in runs], axis=0)
     axes.plot(steps / unit, mean, color=colour, linewidth=2.4, solid_capstyle="round")
     return steps[-1] / unit, mean[-1]
@@ -159,8 +183,15 @@ def draw(table: pd.DataFrame, options: Options) -> None:
     low, high = axes.get_ylim()
     heights = spread_labels(np.array([end[1] for end in ends.values()]), (high - low) * 0.06, low, high)
     for (group, (x, _, colour)), height in zip(ends.items(), heights, strict=True):
-        axes.annotate(group, (x, height), (8, 0), textcoords="offset points", color=colour, va="center",
-                      annotation_clip=False)
+        axes.annotate(
+            group,
+            (x, height),
+            (8, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )
     pathlib.Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=200)
 
@@ -171,7 +202,10 @@ def main() -> None:
     options = tyro.cli(Options)
     table = read_table(options.sources, options.group_by)
     if options.metric not in table:
-        print(f"benchmark.curves: error: no run in {' '.join(options.sources)} has {options.metric}", file=sys.stderr)
+        print(
+            f"benchmark.curves: error: no run in {' '.join(options.sources)} has {options.metric}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     table = table[(table.step <= options.until) & (table.state != "superseded")]
     print(public_table(table, options) if options.public else group_table(table, options), end="")

@@ -20,11 +20,26 @@ from benchmark.statistics import interval, profile
 COLOURS = ("#2a6f97", "#d1495b", "#4c956c", "#e09f3e", "#6d597a", "#00798c", "#8d5a3b", "#5c677d")
 POINTS = 60  # at most, of a curve
 CITED = dict(color="0.45", linewidth=1.2, linestyle=(0, (4, 3)))  # of numbers that are not ours
-plt.rcParams.update({"font.size": 10, "axes.edgecolor": "0.6", "xtick.color": "0.35", "ytick.color": "0.35",
-                     "axes.labelcolor": "0.25", "axes.spines.top": False, "axes.spines.right": False,
-                     "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92",
-                     "legend.frameon": False, "axes.titlesize": 10, "axes.titlelocation": "left",
-                     "pdf.fonttype": 42})
+plt.rcParams.update(
+    {
+        "font.size": 10,
+        "axes.edgecolor": "0.6",
+        "xtick.color": "0.35",
+        "ytick.color": "0.35",
+        "axes.labelcolor": "0.25",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": "0.92",
+        "legend.frameon": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "pdf.fonttype": 42,
+    }
+)
+
 
 def save(figure: Figure, table: pd.DataFrame, path: pathlib.Path) -> None:
     """Write a figure as PNG and PDF and its numbers as CSV; a path without suffix."""
@@ -33,16 +48,24 @@ def save(figure: Figure, table: pd.DataFrame, path: pathlib.Path) -> None:
     plt.close(figure)
     table.to_csv(f"{path}.csv", index=False, float_format="%.6g")
 
-def frames(count: int, columns: int = 4, width: float = 3.3,
-           height: float = 2.6) -> tuple[Figure, list[Axes]]:
+
+def frames(
+    count: int, columns: int = 4, width: float = 3.3, height: float = 2.6
+) -> tuple[Figure, list[Axes]]:
     """A figure with so many frames in rows."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(max(width * columns, 5.5), height * rows + 0.7),
-                                layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(max(width * columns, 5.5), height * rows + 0.7),
+        layout="constrained",
+        squeeze=False,
+    )
     for empty in axes.flat[count:]:
         empty.set_axis_off()
     return figure, list(axes.flat[:count])
+
 
 def unit_of(values: Iterable[float], axis: str) -> tuple[float, str]:
     """What an axis up to these values is shown in, and its label."""
@@ -51,24 +74,31 @@ def unit_of(values: Iterable[float], axis: str) -> tuple[float, str]:
         return (1, "hours of training") if largest >= 1.5 else (1 / 60, "minutes of training")
     return (1e6, "environment steps (millions)") if largest >= 1e6 else (1e3, "environment steps (thousands)")
 
+
 def start_at_zero(axes: Axes) -> None:
     """Show zero where all there is to see is positive, so that small differences look small."""
     if axes.dataLim.y0 >= 0:
         axes.set_ylim(bottom=0)
 
+
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend above all frames, of what any of them shows; none for a single entry."""
-    entries = {label: handle for frame in axes
-               for handle, label in zip(*frame.get_legend_handles_labels(), strict=True)}
+    entries = {
+        label: handle
+        for frame in axes
+        for handle, label in zip(*frame.get_legend_handles_labels(), strict=True)
+    }
     if len(entries) > 1:
         columns = min(len(entries), int(figure.get_figwidth() / 1.9))
         figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns)
+
 
 def draw_band(axes: Axes, points: np.ndarray, band: np.ndarray, **style: Any) -> None:
     """A line and, where it is known, its interval: points (S,), estimate and ends (3, S)."""
     axes.plot(points, band[0], linewidth=2, solid_capstyle="round", **style)
     if not np.isnan(band[1:]).any():
         axes.fill_between(points, *band[1:], color=style["color"], alpha=0.2, linewidth=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
@@ -112,8 +142,9 @@ def shared_points(log: pd.DataFrame, axis: str) -> np.ndarray:
     return points if axis == "step" and 0 < len(points) <= POINTS else np.linspace(low, high, POINTS)
 
 
-def curves(log: pd.DataFrame, tasks: Sequence[str], axis: str, points: np.ndarray,
-           column: str = "score") -> np.ndarray:
+def curves(
+    log: pd.DataFrame, tasks: Sequence[str], axis: str, points: np.ndarray, column: str = "score"
+) -> np.ndarray:
     """A column (R, T, S) of the runs of these tasks at points (S,), between the evaluations by interpolation."""
     runs = {task: [] for task in tasks}
     for (task, *_), run in log.groupby(["task", *RUN]):
@@ -122,8 +153,9 @@ def curves(log: pd.DataFrame, tasks: Sequence[str], axis: str, points: np.ndarra
     return np.stack([own[:count] for own in runs.values()], 1)
 
 
-def band_of(log: pd.DataFrame, tasks: Sequence[str], axis: str,
-            column: str = "score") -> tuple[np.ndarray, np.ndarray]:
+def band_of(
+    log: pd.DataFrame, tasks: Sequence[str], axis: str, column: str = "score"
+) -> tuple[np.ndarray, np.ndarray]:
     """Points (S,) and IQM with its interval (3, S) over these tasks' runs."""
     points = shared_points(log, axis)
     if not len(points):
@@ -133,8 +165,12 @@ def band_of(log: pd.DataFrame, tasks: Sequence[str], axis: str,
 
 def band_rows(points: np.ndarray, band: np.ndarray, axis: str, **labels: Any) -> pd.DataFrame:
     """The numbers of a band as a table."""
-    columns = {"environment_steps" if axis == "step" else axis: points, "iqm": band[0], "low": band[1],
-               "high": band[2]}
+    columns = {
+        "environment_steps" if axis == "step" else axis: points,
+        "iqm": band[0],
+        "low": band[1],
+        "high": band[2],
+    }
     return pd.DataFrame({**labels, **columns})
 
 
@@ -159,8 +195,9 @@ def draw_task(axes: Axes, log: pd.DataFrame, colours: dict[str, str], unit: floa
     return tables
 
 
-def tasks_figure(log: pd.DataFrame, colours: dict[str, str], cited: dict[str, float], ylabel: str,
-                 missing: str) -> tuple[Figure, pd.DataFrame]:
+def tasks_figure(
+    log: pd.DataFrame, colours: dict[str, str], cited: dict[str, float], ylabel: str, missing: str
+) -> tuple[Figure, pd.DataFrame]:
     """A frame for each task that any group has a run of (Figures 9 to 14); cited returns as dashed lines."""
     tasks = list(log.task.unique())
     unit, xlabel = unit_of(log.step, "step")
@@ -189,8 +226,13 @@ def draw_cited(axes: Axes, cited: list[tuple[str, float, float | None]], unit: f
             axes.plot(hours / unit, value, "d", markersize=6, **style)
 
 
-def suites_figure(panels: dict[str, Panel], colours: dict[str, str], axis: str, ylabel: str,
-                  cited: dict[str, list[tuple[str, float, float | None]]]) -> tuple[Figure, pd.DataFrame]:
+def suites_figure(
+    panels: dict[str, Panel],
+    colours: dict[str, str],
+    axis: str,
+    ylabel: str,
+    cited: dict[str, list[tuple[str, float, float | None]]],
+) -> tuple[Figure, pd.DataFrame]:
     """A frame for each suite (Figure 2; over hours, Figure 5). Cited numbers are a label, a value, and the hours
     they took if axis is hours."""
     figure, axes = frames(len(panels), min(len(panels), 3), 4.2, 3.2)
@@ -209,8 +251,9 @@ def suites_figure(panels: dict[str, Panel], colours: dict[str, str], axis: str, 
     return figure, pd.concat(tables)
 
 
-def profiles_figure(panels: dict[str, Panel], colours: dict[str, str],
-                    xlabel: str) -> tuple[Figure, pd.DataFrame]:
+def profiles_figure(
+    panels: dict[str, Panel], colours: dict[str, str], xlabel: str
+) -> tuple[Figure, pd.DataFrame]:
     """For each suite the share of runs whose last evaluation is above a threshold."""
     figure, axes = frames(len(panels), min(len(panels), 3), 4.2, 3.2)
     tables = []
@@ -223,8 +266,12 @@ def profiles_figure(panels: dict[str, Panel], colours: dict[str, str],
             draw_band(frame, taus, band, color=colours[group], label=group)
             numbers = dict(threshold=taus, share=band[0], low=band[1], high=band[2])
             tables.append(pd.DataFrame({"suite": suite, "group": group, **numbers}))
-        frame.set(xlabel=f"{'normalised ' if panel.normalized else ''}{xlabel} τ",
-                  ylabel="share of runs above τ", ylim=(-0.02, 1.02), title=panel.title)
+        frame.set(
+            xlabel=f"{'normalised ' if panel.normalized else ''}{xlabel} τ",
+            ylabel="share of runs above τ",
+            ylim=(-0.02, 1.02),
+            title=panel.title,
+        )
     legend(figure, axes)
     return figure, pd.concat(tables)
 
@@ -233,6 +280,7 @@ def points_with_intervals(axes: Axes, places: Sequence[float], bands: np.ndarray
     """A point for each estimate at its place, with its interval: (P,), (P, 3)."""
     ends = np.nan_to_num(np.abs(bands[:, 1:] - bands[:, :1])).T  # no interval is drawn as none
     axes.errorbar(places, bands[:, 0], ends, fmt="o", capsize=3, **style)
+
 
 def improvement_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """P(X > Y) with its interval for suites and pairs of groups; a table of suite, x, y, probability, low,
@@ -244,13 +292,25 @@ def improvement_figure(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     ends = np.nan_to_num([middle - low, high - middle])  # no interval is drawn as none
     axes.errorbar(middle, range(len(rows)), xerr=ends, fmt="o", capsize=3, color=COLOURS[0])
     axes.axvline(0.5, **CITED)
-    axes.set(yticks=range(len(rows)), yticklabels=labels, xlim=(-0.02, 1.02), ylim=(-0.6, len(rows) - 0.4),
-             xlabel="probability that a run of the first is better than one of the second")
+    axes.set(
+        yticks=range(len(rows)),
+        yticklabels=labels,
+        xlim=(-0.02, 1.02),
+        ylim=(-0.6, len(rows) - 0.4),
+        xlabel="probability that a run of the first is better than one of the second",
+    )
     return figure, table
 
 
-def ablation_figure(logs: dict[float, pd.DataFrame], tasks: Sequence[str], finals: np.ndarray, title: str,
-                    xlabel: str, ylabel: str, axis: str) -> tuple[Figure, pd.DataFrame]:
+def ablation_figure(
+    logs: dict[float, pd.DataFrame],
+    tasks: Sequence[str],
+    finals: np.ndarray,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    axis: str,
+) -> tuple[Figure, pd.DataFrame]:
     """Curves for each value, coloured by its logarithm, and last evaluations (V, 3) over values (Figures 5, 6)."""
     figure, (left, right) = frames(2, 2, 4.6, 3.2)
     spread = np.log10(list(logs))
@@ -280,12 +340,18 @@ def evaluation_figure(table: pd.DataFrame, ylabel: str) -> tuple[Figure, pd.Data
     panels = list(table.groupby(["suite", "group"], sort=False))
     figure, axes = frames(len(panels), min(len(panels), 3), max(4.2, 0.75 * table.evaluation.nunique()), 3.0)
     for frame, ((suite, group), rows) in zip(axes, panels, strict=True):
-        points_with_intervals(frame, range(len(rows)), rows[["iqm", "low", "high"]].to_numpy(),
-                              color=COLOURS[0], markersize=7)
-        frame.set(xticks=range(len(rows)), ylabel=f"IQM of {ylabel}", title=f"{suite}, {group}",
-                  xlim=(-0.5, len(rows) - 0.5))
+        points_with_intervals(
+            frame, range(len(rows)), rows[["iqm", "low", "high"]].to_numpy(), color=COLOURS[0], markersize=7
+        )
+        frame.set(
+            xticks=range(len(rows)),
+            ylabel=f"IQM of {ylabel}",
+            title=f"{suite}, {group}",
+            xlim=(-0.5, len(rows) - 0.5),
+        )
         frame.set_xticklabels(rows.evaluation, rotation=30, ha="right")
     return figure, table
+
 
 def entropy_figure(table: pd.DataFrame, cited: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Behaviour entropy of each run, with its mean, beside the paper's (Table 1); tables with task and
@@ -294,14 +360,38 @@ def entropy_figure(table: pd.DataFrame, cited: pd.DataFrame) -> tuple[Figure, pd
     tasks = list(dict.fromkeys([*table.task, *cited.task]))
     for place, task in enumerate(tasks):
         own = table[table.task == task].entropy.astype(float)
-        axes.plot(np.full(len(own), place - 0.15), own, "o", color=COLOURS[0], alpha=0.5,
-                  label="runs" if place == 0 else None)
-        axes.plot(place - 0.15, own.mean(), "_", markersize=24, color=COLOURS[0],
-                  label="their mean" if place == 0 else None)
+        axes.plot(
+            np.full(len(own), place - 0.15),
+            own,
+            "o",
+            color=COLOURS[0],
+            alpha=0.5,
+            label="runs" if place == 0 else None,
+        )
+        axes.plot(
+            place - 0.15,
+            own.mean(),
+            "_",
+            markersize=24,
+            color=COLOURS[0],
+            label="their mean" if place == 0 else None,
+        )
         for k, row in enumerate(cited[cited.task == task].itertuples()):
-            axes.errorbar(place + 0.1 + 0.1 * k, row.entropy, row.spread, fmt="d", capsize=3,
-                          color=f"{0.2 + 0.25 * k}", label=f"{row.method} (cited)" if place == 0 else None)
-    axes.set(xticks=range(len(tasks)), xticklabels=tasks, ylim=(-0.05, 1.05), ylabel="behaviour entropy",
-             xlim=(-0.6, len(tasks) - 0.3))
+            axes.errorbar(
+                place + 0.1 + 0.1 * k,
+                row.entropy,
+                row.spread,
+                fmt="d",
+                capsize=3,
+                color=f"{0.2 + 0.25 * k}",
+                label=f"{row.method} (cited)" if place == 0 else None,
+            )
+    axes.set(
+        xticks=range(len(tasks)),
+        xticklabels=tasks,
+        ylim=(-0.05, 1.05),
+        ylabel="behaviour entropy",
+        xlim=(-0.6, len(tasks) - 0.3),
+    )
     legend(figure, [axes])
     return figure, table

@@ -45,9 +45,17 @@ from benchmark.tasks import ROOT, SUITES, task_of, tasks_of
 SHOWN = {"epsilon": "ε", "denoising": "denoising steps N"}
 ANCHORS = ROOT / "benchmark" / "anchors"
 PAPER_HUMANOIDS = pd.read_csv(ANCHORS / "humanoids.csv")  # Table 2: after 50M steps
-PAPER_ENTROPY = pd.DataFrame(columns=["task", "method", "entropy", "spread"], data=[  # Table 1
-    ("PushT", "TruDi", 0.32, 0.13), ("PushT", "DIME", 0.20, 0.20), ("PushT", "REPPO", 0.0, 0.0),
-    ("StackCube", "TruDi", 0.87, 0.08), ("StackCube", "DIME", 0.68, 0.15), ("StackCube", "REPPO", 0.0, 0.0)])
+PAPER_ENTROPY = pd.DataFrame(
+    columns=["task", "method", "entropy", "spread"],
+    data=[  # Table 1
+        ("PushT", "TruDi", 0.32, 0.13),
+        ("PushT", "DIME", 0.20, 0.20),
+        ("PushT", "REPPO", 0.0, 0.0),
+        ("StackCube", "TruDi", 0.87, 0.08),
+        ("StackCube", "DIME", 0.68, 0.15),
+        ("StackCube", "REPPO", 0.0, 0.0),
+    ],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +142,9 @@ def scaled(log: pd.DataFrame) -> pd.DataFrame:
     reference's. 0 is the lowest mean of a group's first evaluations, whose policies have hardly learned, and 1
     the highest mean of a group's first or last ones."""
     runs = log.groupby(["suite", "task", "group", *RUN]).value
-    ends = pd.DataFrame({"first": runs.first(), "last": runs.last()}).groupby(["suite", "task", "group"]).mean()
+    ends = (
+        pd.DataFrame({"first": runs.first(), "last": runs.last()}).groupby(["suite", "task", "group"]).mean()
+    )
     low = ends["first"].groupby(["suite", "task"]).min()
     high = ends.max(axis=1).groupby(["suite", "task"]).max()
     scale = pd.DataFrame({"low": low, "width": (high - low).where(high > low, 1.0)}).reset_index()
@@ -194,23 +204,43 @@ def at_matched_time(panel: Panel) -> tuple[pd.Series, pd.DataFrame]:
 def write_runs(page: Page, seeds: pd.DataFrame) -> None:
     """What there is and what is missing: runs.csv, with a row a run, and a summary by suite and group."""
     folders = seeds.folder.map(lambda folder: pathlib.Path(folder).name, na_action="ignore")
-    columns = ["suite", "group", "task", "seed", "state", "last_step", "last_hours", "other_hours", "final",
-               "success", "device", "folder", "same_as"]
+    columns = [
+        "suite",
+        "group",
+        "task",
+        "seed",
+        "state",
+        "last_step",
+        "last_hours",
+        "other_hours",
+        "final",
+        "success",
+        "device",
+        "folder",
+        "same_as",
+    ]
     table = seeds.assign(folder=folders)[columns]
     table.to_csv(page.folder / "runs.csv", index=False, float_format="%.6g")
-    page.text("## Runs", "",
-              "Every run, also each that is missing, is in [runs.csv](runs.csv). IQMs are of the finished.")
+    page.text(
+        "## Runs",
+        "",
+        "Every run, also each that is missing, is in [runs.csv](runs.csv). IQMs are of the finished.",
+    )
     notes = []
     for (suite, group, twin), again in seeds[seeds.same_as != ""].groupby(["suite", "group", "same_as"]):
-        notes.append(f"- {group}, {title_of(suite)}, the same runs as {twin}'s and counted there: "
-                     f"{listed(again)}")
+        notes.append(
+            f"- {group}, {title_of(suite)}, the same runs as {twin}'s and counted there: {listed(again)}"
+        )
     states = ["finished", "unfinished", "diverged", "missing", "superseded"]
     rows = []
     for (suite, group), own in seeds[seeds.same_as == ""].groupby(["suite", "group"], sort=False):
         counts = own.state.value_counts().reindex(states, fill_value=0)
         rows.append((title_of(suite), group, own[own.state != "missing"].task.nunique(), *counts))
-        notes += [f"- {group}, {title_of(suite)}, {state}: {listed(own[own.state == state])}"
-                  for state in ("unfinished", "diverged", "missing") if counts[state]]
+        notes += [
+            f"- {group}, {title_of(suite)}, {state}: {listed(own[own.state == state])}"
+            for state in ("unfinished", "diverged", "missing")
+            if counts[state]
+        ]
     page.table(("suite", "group", "tasks", *states), rows)
     absent = [f"- {suite.title}: no run" for name, suite in SUITES.items() if name not in set(seeds.suite)]
     page.text(*notes, *absent)
@@ -232,19 +262,31 @@ def task_row(task: str, group: str, own: pd.DataFrame, cited: dict[str, float]) 
     """The table's row of the finished runs of one task and group."""
     final = shown(interval(own[["final"]].to_numpy())[:, 0], decimals_of(own.final))
     success = f"{own.success.mean():.2f}" if own.success.notna().any() else ""
-    return (task, group, len(own), final, success, f"{own.last_step.min():,.0f}",
-            f"{own.last_hours.mean() * 60:.1f}", cited.get(task, ""))
+    return (
+        task,
+        group,
+        len(own),
+        final,
+        success,
+        f"{own.last_step.min():,.0f}",
+        f"{own.last_hours.mean() * 60:.1f}",
+        cited.get(task, ""),
+    )
 
 
-def write_tasks(page: Page, log: pd.DataFrame, seeds: pd.DataFrame, colours: dict[str, str],
-                metric: str) -> None:
+def write_tasks(
+    page: Page, log: pd.DataFrame, seeds: pd.DataFrame, colours: dict[str, str], metric: str
+) -> None:
     """Each task's last evaluations, and its curves (Figures 9 to 14)."""
     cited = pd.read_csv(ANCHORS / "reppo_returns.csv", index_col="env").reppo_large_final_50M
     cited = cited.to_dict() if metric == RETURN else {}
-    page.text("## Tasks", "",
-              f"IQM of the last {metric} over finished runs, which for fewer than four runs is the mean, "
-              "with its 95% interval, which for two or three runs is hardly more than their range. Minutes "
-              "are of training, without compilation, evaluations and checkpoints.")
+    page.text(
+        "## Tasks",
+        "",
+        f"IQM of the last {metric} over finished runs, which for fewer than four runs is the mean, "
+        "with its 95% interval, which for two or three runs is hardly more than their range. Minutes "
+        "are of training, without compilation, evaluations and checkpoints.",
+    )
     done = seeds[seeds.state == "finished"]
     cells = done.groupby(["task", "group"], sort=False)
     order = {key: number for number, key in enumerate(dict.fromkeys(done.task))}
@@ -252,38 +294,65 @@ def write_tasks(page: Page, log: pd.DataFrame, seeds: pd.DataFrame, colours: dic
     page.table(("task", "group", "runs", "IQM", "success", "steps", "minutes", "REPPO at 50M (cited)"), rows)
     for suite, own in log[log.state != "superseded"].groupby("suite", sort=False):
         without = seeds[seeds.suite == suite].task.nunique() - own.task.nunique()
-        note = f"no run of {without} of the suite's {number_of_tasks(suite)} tasks" if without and suite != OTHER else ""
+        note = (
+            f"no run of {without} of the suite's {number_of_tasks(suite)} tasks"
+            if without and suite != OTHER
+            else ""
+        )
         number = f" (the paper's Figure {SUITES[suite].figure})" if suite in SUITES else ""
-        caption = f"{title_of(suite)}{number}: IQM and its 95% interval; thin: each seed, dotted: not finished"
+        caption = (
+            f"{title_of(suite)}{number}: IQM and its 95% interval; thin: each seed, dotted: not finished"
+        )
         drawn = figures.tasks_figure(own, colours, cited, label_of(metric), note)
         page.figure(f"tasks_{suite}", caption, drawn)
 
 
 def write_suites(page: Page, panels: dict[str, Panel], colours: dict[str, str], metric: str) -> None:
     """Aggregates over suites: curves (Figure 2), profiles, probability of improvement."""
-    page.text("## Suites", "",
-              "Over the tasks of which every group has finished runs; curves end where the shortest run "
-              "does." + how_normalised(panels))
+    page.text(
+        "## Suites",
+        "",
+        "Over the tasks of which every group has finished runs; curves end where the shortest run "
+        "does." + how_normalised(panels),
+    )
     rows = []
     for suite, panel in panels.items():
         for group in panel.groups:
             scores = panel.scores_of(group)
-            rows.append((title_of(suite), group, f"{len(panel.tasks)} of {number_of_tasks(suite)}",
-                         scores.size, shown(final_band(scores), decimals_of(scores.flat)),
-                         ", ".join(panel.left_out)))
-    page.table(("suite", "group", "tasks", "runs", "IQM of last evaluations",
-                "left out, as another group has none"), rows)
+            rows.append(
+                (
+                    title_of(suite),
+                    group,
+                    f"{len(panel.tasks)} of {number_of_tasks(suite)}",
+                    scores.size,
+                    shown(final_band(scores), decimals_of(scores.flat)),
+                    ", ".join(panel.left_out),
+                )
+            )
+    page.table(
+        ("suite", "group", "tasks", "runs", "IQM of last evaluations", "left out, as another group has none"),
+        rows,
+    )
     cited = {}
     if metric == RETURN:
         cited = {"humanoid": [(row.method, row.iqm, None) for row in PAPER_HUMANOIDS.itertuples()]}
-    page.figure("suites", "IQM over tasks and seeds with its 95% interval (the paper's Figure 2)",
-                figures.suites_figure(panels, colours, "step", label_of(metric), cited))
-    page.figure("profiles", "Performance profiles: share of runs whose last evaluation is above τ",
-                figures.profiles_figure(panels, colours, label_of(metric)))
+    page.figure(
+        "suites",
+        "IQM over tasks and seeds with its 95% interval (the paper's Figure 2)",
+        figures.suites_figure(panels, colours, "step", label_of(metric), cited),
+    )
+    page.figure(
+        "profiles",
+        "Performance profiles: share of runs whose last evaluation is above τ",
+        figures.profiles_figure(panels, colours, label_of(metric)),
+    )
     table = improvements(panels)
     if len(table):
-        page.figure("improvement", "Probability of improvement, with its 95% interval",
-                    figures.improvement_figure(table))
+        page.figure(
+            "improvement",
+            "Probability of improvement, with its 95% interval",
+            figures.improvement_figure(table),
+        )
     else:
         page.text("Probability of improvement: there are no two groups with finished runs of the same tasks.")
 
@@ -291,8 +360,14 @@ def write_suites(page: Page, panels: dict[str, Panel], colours: dict[str, str], 
 def how_normalised(panels: dict[str, Panel]) -> str:
     """What normalised returns are, if any suite has them."""
     titles = ", ".join(title_of(suite) for suite, panel in panels.items() if panel.normalized)
-    return (f" Returns of {titles} are normalised for each task: 0 is the lowest mean of a group's first "
-            "evaluations, and 1 the highest of a group's first or last ones.") if titles else ""
+    return (
+        (
+            f" Returns of {titles} are normalised for each task: 0 is the lowest mean of a group's first "
+            "evaluations, and 1 the highest of a group's first or last ones."
+        )
+        if titles
+        else ""
+    )
 
 
 def wall_clock_rows(suite: str, panel: Panel) -> tuple[list[tuple], list[tuple]]:
@@ -304,17 +379,26 @@ def wall_clock_rows(suite: str, panel: Panel) -> tuple[list[tuple], list[tuple]]
         own = seeds[seeds.group == group]
         minutes = 60 * own.last_hours
         matched = shown(final_band(matrix(own, panel.tasks, "matched")), 2)
-        rows.append((title_of(suite), group, f"{minutes.mean():.1f} ± {minutes.std(ddof=0):.1f}",
-                     f"{60 * own.other_hours.mean():.1f}", shown(final_band(panel.scores_of(group)), 2),
-                     f"{matched} at {times}", ", ".join(sorted(own.device.unique()))))
+        rows.append(
+            (
+                title_of(suite),
+                group,
+                f"{minutes.mean():.1f} ± {minutes.std(ddof=0):.1f}",
+                f"{60 * own.other_hours.mean():.1f}",
+                shown(final_band(panel.scores_of(group)), 2),
+                f"{matched} at {times}",
+                ", ".join(sorted(own.device.unique())),
+            )
+        )
     for task, group in itertools.product(panel.tasks, panel.groups if len(panel.groups) > 1 else []):
         scores = matrix(seeds[seeds.group == group], [task], "matched")
         tasks.append((task, f"{hours[task] * 60:.2f}", group, shown(final_band(scores), 2)))
     return rows, tasks
 
 
-def write_wall_clock(page: Page, panels: dict[str, Panel], colours: dict[str, str], metric: str,
-                     limit: float | None = None) -> None:
+def write_wall_clock(
+    page: Page, panels: dict[str, Panel], colours: dict[str, str], metric: str, limit: float | None = None
+) -> None:
     """Returns over hours of training, and training times (Table 2); of runs that were given so many hours
     (Figure 5, left) or, without a limit, so many steps."""
     name, title = "wall_clock", "Wall clock"
@@ -322,29 +406,52 @@ def write_wall_clock(page: Page, panels: dict[str, Panel], colours: dict[str, st
     if limit is not None:
         name, title = f"wall_clock_{limit:g}h", f"Wall clock of {limit:g} hours each"
         caption = f"IQM over training time, {limit:g} hours each (the paper's Figure 5, left, has 2.5)"
-    page.text(f"## {title}", "",
-              "Minutes of training are of iterations only, other minutes of evaluations, checkpoints and logging; "
-              "compilation is in neither. Times of different devices cannot be compared. A task is compared "
-              "when the first of its runs has trained until its last evaluation; a group that has a run "
-              "without any evaluation by then has none." + how_normalised(panels))
+    page.text(
+        f"## {title}",
+        "",
+        "Minutes of training are of iterations only, other minutes of evaluations, checkpoints and logging; "
+        "compilation is in neither. Times of different devices cannot be compared. A task is compared "
+        "when the first of its runs has trained until its last evaluation; a group that has a run "
+        "without any evaluation by then has none." + how_normalised(panels),
+    )
     found = [wall_clock_rows(suite, panel) for suite, panel in panels.items()]
     rows, tasks = ([row for part in parts for row in part] for parts in zip(*found, strict=True))
     cited = PAPER_HUMANOIDS.iloc[:0]
     if metric == RETURN and "humanoid" in panels and limit is None:
         cited = PAPER_HUMANOIDS
-    rows += [(title_of("humanoid"), f"{row.method} (cited)",
-              f"{row.hours * 60:.0f} ± {row.hours_spread * 60:.0f}", "", f"{row.iqm} ± {row.iqm_spread}",
-              "", "A100 or H100") for row in cited.itertuples()]
-    page.table(("suite", "group", "minutes of training", "other minutes", "IQM of last evaluations",
-                "IQM at matched minutes", "device"), rows)
+    rows += [
+        (
+            title_of("humanoid"),
+            f"{row.method} (cited)",
+            f"{row.hours * 60:.0f} ± {row.hours_spread * 60:.0f}",
+            "",
+            f"{row.iqm} ± {row.iqm_spread}",
+            "",
+            "A100 or H100",
+        )
+        for row in cited.itertuples()
+    ]
+    page.table(
+        (
+            "suite",
+            "group",
+            "minutes of training",
+            "other minutes",
+            "IQM of last evaluations",
+            "IQM at matched minutes",
+            "device",
+        ),
+        rows,
+    )
     if tasks:
         page.table(("task", "matched minutes", "group", "IQM"), tasks)
     points = {"humanoid": [(row.method, row.iqm, row.hours) for row in cited.itertuples()]}
     page.figure(name, caption, figures.suites_figure(panels, colours, "hours", label_of(metric), points))
 
 
-def write_limited(page: Page, log: pd.DataFrame, seeds: pd.DataFrame, colours: dict[str, str],
-                  metric: str) -> None:
+def write_limited(
+    page: Page, log: pd.DataFrame, seeds: pd.DataFrame, colours: dict[str, str], metric: str
+) -> None:
     """Runs of benchmark.launch --hours, those of equal hours together."""
     for limit, own in seeds.groupby(seeds.group.map(limit_of)):
         panels = panels_of(log[log.group.isin(own.group)], own)
@@ -363,8 +470,9 @@ def write_ablations(page: Page, log: pd.DataFrame, seeds: pd.DataFrame, metric: 
         page.text("No runs of an ablation of ε or of denoising steps.")
 
 
-def write_ablation(page: Page, key: tuple[str, str, str], seeds: pd.DataFrame, log: pd.DataFrame,
-                   ylabel: str) -> None:
+def write_ablation(
+    page: Page, key: tuple[str, str, str], seeds: pd.DataFrame, log: pd.DataFrame, ylabel: str
+) -> None:
     """One ablation: a table and a figure (Figures 5, 6) over tasks of which all values have finished runs."""
     base, kind, suite = key
     title = f"{base}, {kind}, {title_of(suite)}"
@@ -378,9 +486,13 @@ def write_ablation(page: Page, key: tuple[str, str, str], seeds: pd.DataFrame, l
     own = [panel.seeds[panel.seeds.group == group] for group in panel.groups]
     values = [float(x.value.iloc[0]) for x in own]
     decimals = decimals_of(finals[:, 0])
-    page.table((SHOWN[kind], "runs", "IQM of last evaluations"),
-               [(f"{value:g}{same_runs(x)}", len(x), shown(final, decimals))
-                for value, x, final in zip(values, own, finals, strict=True)])
+    page.table(
+        (SHOWN[kind], "runs", "IQM of last evaluations"),
+        [
+            (f"{value:g}{same_runs(x)}", len(x), shown(final, decimals))
+            for value, x, final in zip(values, own, finals, strict=True)
+        ],
+    )
     over = ", ".join(panel.tasks) if len(panel.tasks) < 3 else f"{len(panel.tasks)} tasks"
     axis = "step" if limit_of(base) is None else "hours"
     logs = {value: panel.log_of(group) for value, group in zip(values, panel.groups, strict=True)}
@@ -409,12 +521,15 @@ def write_evaluations(page: Page, sources: Iterable[str], metric: str) -> None:
             band = final_band(matrix(complete, tasks, evaluation))
             lines.append((suite, group, evaluation, *counts, *band))
     table = pd.DataFrame(lines, columns="suite group evaluation tasks runs incomplete iqm low high".split())
-    page.table(table.columns,
-               [(*line[:6], f"{line[6]:.4g}", *(f"{x:.4g}" for x in line[7:])) for line in lines])
+    page.table(
+        table.columns, [(*line[:6], f"{line[6]:.4g}", *(f"{x:.4g}" for x in line[7:])) for line in lines]
+    )
     if len(table):
-        page.figure("ablation_evaluation",
-                    "Ways to evaluate the same checkpoints (the paper's Figure 6, right)",
-                    figures.evaluation_figure(table, label_of(metric)))
+        page.figure(
+            "ablation_evaluation",
+            "Ways to evaluate the same checkpoints (the paper's Figure 6, right)",
+            figures.evaluation_figure(table, label_of(metric)),
+        )
     return None
 
 
@@ -429,10 +544,16 @@ def write_entropies(page: Page, sources: Iterable[str]) -> None:
     table = read_entropies(sources)
     page.text("## Behaviour entropy")
     if table.empty:
-        return page.text("No run has a behavior_entropy.json of benchmark.studies.multimodality.behavior_entropy.")
-    page.table(table.columns,
-               [["" if x is None or x != x else f"{x:.3g}" if isinstance(x, float) else x for x in row]
-                for row in table.itertuples(index=False)])
+        return page.text(
+            "No run has a behavior_entropy.json of benchmark.studies.multimodality.behavior_entropy."
+        )
+    page.table(
+        table.columns,
+        [
+            ["" if x is None or x != x else f"{x:.3g}" if isinstance(x, float) else x for x in row]
+            for row in table.itertuples(index=False)
+        ],
+    )
     drawn = figures.entropy_figure(table, PAPER_ENTROPY)
     return page.figure("behavior_entropy", "Behaviour entropy (the paper's Table 1)", drawn)
 
@@ -449,13 +570,22 @@ def write_cost(page: Page, seeds: pd.DataFrame, throughput: tuple[str, ...]) -> 
         count = number_of_tasks(suite)
         start = data.title, count, f"{data.settings.total_timesteps:,}"
         own = speeds[suite] if suite in speeds.index.get_level_values(0) else {}
-        rows += [(*start, f"{speed:,.0f}", device,
-                  f"{10 * count * data.settings.total_timesteps / speed / 3600:,.0f}")
-                 for device, speed in own.items()]
+        rows += [
+            (
+                *start,
+                f"{speed:,.0f}",
+                device,
+                f"{10 * count * data.settings.total_timesteps / speed / 3600:,.0f}",
+            )
+            for device, speed in own.items()
+        ]
         if not len(own):
             rows.append((*start, "not measured", "", ""))
-    page.text("## Cost of the paper's experiments", "",
-              "Ten runs of each task, at the median speed of any with Table 5's sizes.")
+    page.text(
+        "## Cost of the paper's experiments",
+        "",
+        "Ten runs of each task, at the median speed of any with Table 5's sizes.",
+    )
     page.table(("suite", "tasks", "steps of a run", "steps/s", "device", "hours of the device"), rows)
     page.text(cost_by_operations())
 
@@ -463,15 +593,22 @@ def write_cost(page: Page, seeds: pd.DataFrame, throughput: tuple[str, ...]) -> 
 def cost_by_operations() -> str:
     """The hours of all experiments at the rate of operations that the paper's hours imply."""
     estimates = json.loads((ROOT / "benchmark" / "results" / "estimates.json").read_text())
-    hours = {suite: 10 * sum(row["flop"] for row in estimates["tasks"] if row["suite"] == suite)
-             / estimates["gpu_flop_per_second"] / 3600 for suite in SUITES}
+    hours = {
+        suite: 10
+        * sum(row["flop"] for row in estimates["tasks"] if row["suite"] == suite)
+        / estimates["gpu_flop_per_second"]
+        / 3600
+        for suite in SUITES
+    }
     cited = [f"{row.hours} for {row.method}" for row in PAPER_HUMANOIDS.itertuples()]
-    return (f"The paper's Table 2 has these hours of an A100 or H100 for a run on a humanoid (cited): "
-            f"{', '.join(cited)}; forty of TruDi's are {hours['humanoid']:,.0f} hours. At the operations a "
-            "second which that implies, counted by benchmark.speed.estimates, all would take "
-            f"{sum(hours.values()):,.0f} hours of such a GPU: "
-            f"{', '.join(f'{title_of(suite)} {x:,.0f}' for suite, x in hours.items())}; more where "
-            "simulators are slower.")
+    return (
+        f"The paper's Table 2 has these hours of an A100 or H100 for a run on a humanoid (cited): "
+        f"{', '.join(cited)}; forty of TruDi's are {hours['humanoid']:,.0f} hours. At the operations a "
+        "second which that implies, counted by benchmark.speed.estimates, all would take "
+        f"{sum(hours.values()):,.0f} hours of such a GPU: "
+        f"{', '.join(f'{title_of(suite)} {x:,.0f}' for suite, x in hours.items())}; more where "
+        "simulators are slower."
+    )
 
 
 def measured_speed(path: pathlib.Path) -> tuple[str, str, float] | None:
@@ -479,8 +616,9 @@ def measured_speed(path: pathlib.Path) -> tuple[str, str, float] | None:
     word, at other sizes."""
     saved = json.loads(path.read_text())
     args, task = saved["args"], task_of("trudi_mjx", saved["args"]["env_id"])
-    if not task or any(args[name] != getattr(task.settings, name)
-                       for name in ("num_envs", "num_steps", "hidden_dim")):
+    if not task or any(
+        args[name] != getattr(task.settings, name) for name in ("num_envs", "num_steps", "hidden_dim")
+    ):
         print(f"left out: {path} is not of the paper's sizes", file=sys.stderr)
         return None
     return task.suite, saved["provenance"]["device"], saved["steps_per_second"]["whole iteration"]["median"]
@@ -532,8 +670,10 @@ def main() -> None:
     write_runs(page, seeds)
     equal = compared(table[table.step <= until], options)
     write_tasks(page, *equal, colours, metric)
-    for write, panels in ((write_suites, panels_of(*equal)),
-                          (write_wall_clock, panels_of(*compared(table, options)))):
+    for write, panels in (
+        (write_suites, panels_of(*equal)),
+        (write_wall_clock, panels_of(*compared(table, options))),
+    ):
         if panels:
             write(page, panels, colours, metric)
     limited = seeds.group.isin([group for group in groups if limit_of(group) is not None])

@@ -48,8 +48,9 @@ class Run:
     def logs(self) -> dict[int, pathlib.Path]:
         """Each seed's metrics.jsonl, whether it exists or not."""
         seeds = range(self.args["seed"], self.args["seed"] + self.args.get("num_seeds", 1))
-        return {seed: self.folder / (f"seed_{seed}" if len(seeds) > 1 else "") / "metrics.jsonl"
-                for seed in seeds}
+        return {
+            seed: self.folder / (f"seed_{seed}" if len(seeds) > 1 else "") / "metrics.jsonl" for seed in seeds
+        }
 
     @property
     def checkpoint(self) -> int:
@@ -74,8 +75,11 @@ class Run:
         """Whether environments, horizon and width are those of Table 5, and the script is TruDi's."""
         task = task_of(self.script, self.args["env_id"])
         names = ("num_envs", "num_steps", "hidden_dim")
-        return bool(task and self.script == task.script
-                    and all(self.args.get(name) == getattr(task.settings, name) for name in names))
+        return bool(
+            task
+            and self.script == task.script
+            and all(self.args.get(name) == getattr(task.settings, name) for name in names)
+        )
 
     def last(self) -> dict[str, Any]:
         """The last event of the seed that is least far, with step 0 and wall_time 0 before the first one."""
@@ -83,8 +87,10 @@ class Run:
 
     def training_seconds(self) -> float:
         """Seconds of training so far of the seed that is least far."""
-        return min(training_seconds(path, path.stat().st_mtime_ns) if path.exists() else 0.0
-                   for path in self.logs.values())
+        return min(
+            training_seconds(path, path.stat().st_mtime_ns) if path.exists() else 0.0
+            for path in self.logs.values()
+        )
 
     def end(self, total_timesteps: int | None = None) -> int:
         """The step at which a run of so many environment steps ends; default: of its arguments' number."""
@@ -165,8 +171,12 @@ def training_times(log: list[dict[str, Any]]) -> list[float]:
     """Seconds of training until each event: environment steps over charts/SPS, their speed, which is that of
     iterations alone, where wall_time has evaluations and checkpoints too. Compilation is in neither."""
     steps = [0, *(event["step"] for event in log)]
-    return list(itertools.accumulate((step - before) / event["charts/SPS"]
-                                     for before, step, event in zip(steps, steps[1:], log, strict=False)))
+    return list(
+        itertools.accumulate(
+            (step - before) / event["charts/SPS"]
+            for before, step, event in zip(steps, steps[1:], log, strict=False)
+        )
+    )
 
 
 @functools.cache
@@ -191,9 +201,16 @@ def seed_table(run: Run, seed: int, path: pathlib.Path) -> pd.DataFrame:
     hours = np.array(training_times(log) or [0.0]) / 3600
     known = task_of(run.script, run.args["env_id"])
     suite, task = (known.suite, known.env_id) if known else (OTHER, run.args["env_id"])
-    labels = dict(suite=suite, task=task, algorithm=algorithm_of(run.script), seed=seed,
-                  folder=str(run.folder), device=run.device, paper_sizes=run.paper_sizes,
-                  experiment=run.experiment)
+    labels = dict(
+        suite=suite,
+        task=task,
+        algorithm=algorithm_of(run.script),
+        seed=seed,
+        folder=str(run.folder),
+        device=run.device,
+        paper_sizes=run.paper_sizes,
+        experiment=run.experiment,
+    )
     return table.assign(**labels, hours=hours)
 
 
@@ -218,10 +235,17 @@ def in_order(table: pd.DataFrame) -> pd.DataFrame:
     suites = [*SUITES, OTHER]
     tasks = {task.env_id: number for number, task in enumerate(tasks_of(SUITES))}
     variant = table.group.str.extract(VARIANT)
-    keys = pd.DataFrame({
-        "suite": table.suite.map(suites.index), "base": variant.base.fillna(table.group),
-        "kind": variant.kind.fillna(""), "value": variant.value.astype(float).fillna(0.0),
-        "number": table.task.map(tasks).fillna(len(tasks)), "task": table.task, "seed": table.seed})
+    keys = pd.DataFrame(
+        {
+            "suite": table.suite.map(suites.index),
+            "base": variant.base.fillna(table.group),
+            "kind": variant.kind.fillna(""),
+            "value": variant.value.astype(float).fillna(0.0),
+            "number": table.task.map(tasks).fillna(len(tasks)),
+            "task": table.task,
+            "seed": table.seed,
+        }
+    )
     return table.loc[keys.sort_values(list(keys), kind="stable").index].reset_index(drop=True)
 
 
@@ -231,11 +255,28 @@ def each_seed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     seeds = table.groupby(["suite", "group", "task", *RUN], sort=False, observed=True)
     last = seeds.last(skipna=False).rename(columns={"step": "last_step", "hours": "last_hours"})
     last = last.assign(other_hours=last.wall_time / 3600 - last.last_hours)
-    evaluated = evaluations(table, metric).groupby(["suite", "group", "task", *RUN], observed=True).last(skipna=False)
+    evaluated = (
+        evaluations(table, metric).groupby(["suite", "group", "task", *RUN], observed=True).last(skipna=False)
+    )
     last = last.assign(final=evaluated.value, success=evaluated.success).reset_index()
     last.loc[last.final.isna() & (last.state != "superseded"), "state"] = "unfinished"
-    columns = ["suite", "group", "task", "seed", "state", "last_step", "last_hours", "other_hours", "final",
-               "success", "device", "folder", "algorithm", "experiment", "paper_sizes"]
+    columns = [
+        "suite",
+        "group",
+        "task",
+        "seed",
+        "state",
+        "last_step",
+        "last_hours",
+        "other_hours",
+        "final",
+        "success",
+        "device",
+        "folder",
+        "algorithm",
+        "experiment",
+        "paper_sizes",
+    ]
     return last[columns]
 
 
@@ -260,8 +301,9 @@ def with_missing(seeds: pd.DataFrame, wanted: int) -> pd.DataFrame:
         kin = seeds[(seeds.suite == suite) & (family == family[own.index[0]])]
         whole = suite != OTHER and not VARIANT.fullmatch(group)
         tasks = dict.fromkeys([*(task.env_id for task in tasks_of([suite] if whole else [])), *kin.task])
-        ought = pd.MultiIndex.from_product([tasks, sorted({*kin.seed, *range(1, wanted + 1)})],
-                                           names=["task", "seed"])
+        ought = pd.MultiIndex.from_product(
+            [tasks, sorted({*kin.seed, *range(1, wanted + 1)})], names=["task", "seed"]
+        )
         absent = ought.difference(pd.MultiIndex.from_frame(own[["task", "seed"]])).to_frame(index=False)
         parts.append(absent.assign(suite=suite, group=group, state="missing", last_step=0))
     return in_order(pd.concat([part for part in parts if len(part)], ignore_index=True))
@@ -285,12 +327,24 @@ def with_repeats(seeds: pd.DataFrame) -> pd.DataFrame:
 def read_evaluations(sources: Iterable[str], metric: str) -> pd.DataFrame:
     """What benchmark.launch --ablation evaluation found: a row for each seed and way to evaluate."""
     rows = []
-    for path in sorted(path for source in sources for path in pathlib.Path(source).rglob("evaluations/*.json")):
+    for path in sorted(
+        path for source in sources for path in pathlib.Path(source).rglob("evaluations/*.json")
+    ):
         saved = json.loads(path.read_text())
         task = task_of(saved["script"], saved["env_id"])
         values = np.atleast_1d(saved["results"].get(metric, np.nan))
-        rows += [(task.suite if task else OTHER, saved["env_id"], saved["exp_name"], saved["seed"] + k,
-                  saved["evaluation"], saved["step"], float(value)) for k, value in enumerate(values)]
+        rows += [
+            (
+                task.suite if task else OTHER,
+                saved["env_id"],
+                saved["exp_name"],
+                saved["seed"] + k,
+                saved["evaluation"],
+                saved["step"],
+                float(value),
+            )
+            for k, value in enumerate(values)
+        ]
     return pd.DataFrame(rows, columns=["suite", "task", "group", "seed", "evaluation", "step", "value"])
 
 

@@ -32,8 +32,9 @@ def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.array([((difference > 0) + (difference == 0) / 2).mean()])
 
 
-def interval(scores: np.ndarray | Sequence[np.ndarray],
-             statistic: Callable[..., np.ndarray] = iqm) -> np.ndarray:
+def interval(
+    scores: np.ndarray | Sequence[np.ndarray], statistic: Callable[..., np.ndarray] = iqm
+) -> np.ndarray:
     """A statistic (S,) of scores, or of several methods' scores, with its 95% interval: (3, S), estimate, low and
     high end. The ends are NaN where a task has a single run, as drawing it again and again shows no spread."""
     samples = [scores] if isinstance(scores, np.ndarray) else list(scores)

@@ -1,6 +1,6 @@
 """A picture strip: frames of a video, evenly spread, side by side.
 
-    python -m benchmark.video_strip runs/RUN/videos/5996544.mp4 --output benchmark/results/walk.png [--until 4]
+python -m benchmark.video_strip runs/RUN/videos/5996544.mp4 --output benchmark/results/walk.png [--until 4]
 """
 
 import dataclasses

@@ -37,13 +37,17 @@ class Ablation:
     values: tuple[str, ...]
     flag: str | None = None  # that takes the value; None for evaluations, each of which has flags of its own
 
+
 N_STEPS = ("1", "4", "8", "16", "32")
 ABLATIONS = {
     # Figure 6, left
     "epsilon": Ablation("isaaclab", tuple("0.01 0.05 0.1 0.2 0.4 1 5 10 50".split()), "--trust-region-bound"),
-    "evaluation": Ablation("humanoid", tuple("sde ode-0.5 ode-0.75 ode-1 ode-1.25 ode-1.5 best-of-10 "
-                                             "best-of-20".split())),
-    "denoising": Ablation("humanoid", N_STEPS, "--num-diffusion-steps")}  # Figure 5, right
+    "evaluation": Ablation(
+        "humanoid", tuple("sde ode-0.5 ode-0.75 ode-1 ode-1.25 ode-1.5 best-of-10 best-of-20".split())
+    ),
+    "denoising": Ablation("humanoid", N_STEPS, "--num-diffusion-steps"),
+}  # Figure 5, right
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -74,6 +78,7 @@ class Options:
     slurm_cpus: int = 8  # of each job
     slurm_sbatch: tuple[str, ...] = ()  # further options of sbatch, as in partition=gpu account=me
 
+
 # ------------------------------------------------------------------------------------------------------- plan
 def pairs(words: tuple[str, ...], flag: str) -> dict[str, str]:
     """What NAME=VALUE words say; exits with code 2 on others."""
@@ -82,10 +87,12 @@ def pairs(words: tuple[str, ...], flag: str) -> dict[str, str]:
             fail(f"{flag} takes NAME=VALUE, not {word}")
     return dict(word.split("=", 1) for word in words)
 
+
 def chosen_tasks(options: Options) -> list[Task]:
     """The tasks to run; exits with code 2 on unknown ones."""
-    suite = options.suite or ("all" if options.tasks
-                              else options.ablation and ABLATIONS[options.ablation].suite)
+    suite = options.suite or (
+        "all" if options.tasks else options.ablation and ABLATIONS[options.ablation].suite
+    )
     if not suite:
         fail(f"name a --suite ({', '.join(SUITES)} or all), --tasks or an --ablation")
     tasks = {task.env_id: task for task in tasks_of(SUITES if suite == "all" else [suite], options.algorithm)}
@@ -94,15 +101,19 @@ def chosen_tasks(options: Options) -> list[Task]:
         fail(f"{unknown} is none of the tasks of --suite {suite}; the nearest are {', '.join(near)}")
     chosen = [tasks[name] for name in options.tasks or tasks]
     for task in (task for task in chosen if not (ROOT / place_of(task.script)).exists()):
-        fail(f"--algorithm {options.algorithm} has no script for {SUITES[task.suite].title}, as of "
-             f"{task.env_id}")
+        fail(
+            f"--algorithm {options.algorithm} has no script for {SUITES[task.suite].title}, as of "
+            f"{task.env_id}"
+        )
     return chosen
+
 
 def sweep_name(options: Options) -> str:
     """The sweep's name, which tells a baseline's runs from TruDi's, and a limit of hours."""
     name, algorithm = options.name or options.algorithm, options.algorithm
     name = name if algorithm == ALGORITHMS[0] or name.startswith(algorithm) else f"{algorithm}-{name}"
     return name if options.hours is None else f"{name}-wall-clock-{options.hours:g}h"
+
 
 def evaluation_flags(value: str) -> tuple[str, ...]:
     """The flags that evaluate as sde, ode-C or best-of-K says; exits with code 2 on anything else."""
@@ -115,6 +126,7 @@ def evaluation_flags(value: str) -> tuple[str, ...]:
         return "--eval-mode", "best-of-k", "--best-of-k", number
     return fail(f"--values of an evaluation are sde, ode-C or best-of-K, not {value}")
 
+
 def variants(options: Options) -> list[dict]:
     """What an ablation changes in every unit: one set of Unit's fields for each value."""
     flags, sweep = tuple(shlex.split(options.flags)), sweep_name(options)
@@ -123,13 +135,17 @@ def variants(options: Options) -> list[dict]:
     ablation, kind = ABLATIONS[options.ablation], options.ablation
     values = options.values or ablation.values
     if kind == "evaluation":
-        return [dict(exp_name=sweep, flags=(*flags, *evaluation_flags(value)), evaluation=value)
-                for value in values]
+        return [
+            dict(exp_name=sweep, flags=(*flags, *evaluation_flags(value)), evaluation=value)
+            for value in values
+        ]
     for value in values:
         if not value.replace(".", "", 1).isdigit():
             fail(f"--values of --ablation {kind} are numbers, not {value}")
-    return [dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value))
-            for value in values]
+    return [
+        dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value)) for value in values
+    ]
+
 
 def endless(unit: Unit) -> Unit:
     """A unit with a limit of hours, with a thousand times its steps if they are not given: more than it can
@@ -140,6 +156,7 @@ def endless(unit: Unit) -> Unit:
     steps = str(1000 * unit.total_timesteps)
     return dataclasses.replace(unit, flags=(*unit.flags, "--total-timesteps", steps))
 
+
 def check(options: Options, tasks: list[Task]) -> None:
     """Exit with code 2 on options that cannot be meant."""
     flags = shlex.split(options.flags)
@@ -148,19 +165,28 @@ def check(options: Options, tasks: list[Task]) -> None:
     preset = given_values(flags).get("preset", "paper")
     known = all(preset in constants(task.script)["PRESET"] for task in tasks)
     vmapped = any(task.script.endswith("_mjx") for task in tasks)
-    rules = [(options.seeds > 0 and options.vmap_seeds > 0, "--seeds and --vmap-seeds must be positive"),
-             (options.workers is None or options.workers > 0, "--workers must be positive"),
-             ((options.hours is None or options.hours > 0) and options.slurm_hours > 0,
-              "--hours and --slurm-hours must be positive"),
-             (options.ablation or not options.values, "--values needs an --ablation"),
-             (options.algorithm == ALGORITHMS[0] or not options.ablation,
-              "--ablation is of TruDi, not of another --algorithm"),
-             (options.vmap_seeds == 1 or vmapped,
-              "--vmap-seeds is for trudi_mjx.py and its baselines, which lack these tasks"),
-             (not taken, f"--flags must not have {' '.join(sorted(taken))}, which the sweep sets"),
-             (known, f"there is no --preset {preset}")]
+    rules = [
+        (options.seeds > 0 and options.vmap_seeds > 0, "--seeds and --vmap-seeds must be positive"),
+        (options.workers is None or options.workers > 0, "--workers must be positive"),
+        (
+            (options.hours is None or options.hours > 0) and options.slurm_hours > 0,
+            "--hours and --slurm-hours must be positive",
+        ),
+        (options.ablation or not options.values, "--values needs an --ablation"),
+        (
+            options.algorithm == ALGORITHMS[0] or not options.ablation,
+            "--ablation is of TruDi, not of another --algorithm",
+        ),
+        (
+            options.vmap_seeds == 1 or vmapped,
+            "--vmap-seeds is for trudi_mjx.py and its baselines, which lack these tasks",
+        ),
+        (not taken, f"--flags must not have {' '.join(sorted(taken))}, which the sweep sets"),
+        (known, f"there is no --preset {preset}"),
+    ]
     for message in (message for holds, message in rules if not holds):
         fail(message)
+
 
 def plan(options: Options) -> list[Unit]:
     """All units of a sweep: all tasks' first seeds come before any second, so that one stopped early has
@@ -172,11 +198,22 @@ def plan(options: Options) -> list[Unit]:
     units = []
     for task in tasks:
         side = options.vmap_seeds if task.script.endswith("_mjx") else 1
-        units += [endless(Unit(task, seed=first, num_seeds=min(side, options.seeds + 1 - first),
-                               python=python.get(task.suite, sys.executable), hours=options.hours,
-                               **variant))
-                  for variant in variants(options) for first in range(1, options.seeds + 1, side)]
+        units += [
+            endless(
+                Unit(
+                    task,
+                    seed=first,
+                    num_seeds=min(side, options.seeds + 1 - first),
+                    python=python.get(task.suite, sys.executable),
+                    hours=options.hours,
+                    **variant,
+                )
+            )
+            for variant in variants(options)
+            for first in range(1, options.seeds + 1, side)
+        ]
     return sorted(units, key=lambda unit: unit.seed)
+
 
 def remaining(units: list[Unit], log_dir: pathlib.Path) -> list[tuple[Unit, State]]:
     """All units and how far they are; exits with code 2 if a run was made with other flags."""
@@ -188,6 +225,7 @@ def remaining(units: list[Unit], log_dir: pathlib.Path) -> list[tuple[Unit, Stat
         found.append((unit, state))
     return found
 
+
 # ------------------------------------------------------------------------------------------------------- main
 def print_commands(states: list[tuple[Unit, State]], log_dir: pathlib.Path, machine: Machine) -> None:
     """Print the commands of what remains, on the GPUs in turn, for a person to paste."""
@@ -195,10 +233,13 @@ def print_commands(states: list[tuple[Unit, State]], log_dir: pathlib.Path, mach
     for number, (unit, state) in enumerate(todo):
         prefix, environment = machine.slots[number % len(machine.slots)]
         words = command(unit, state.run, log_dir)
-        print(*(f"{name}={shlex.quote(value)}" for name, value in environment.items()),
-              shlex.join([*prefix, *words]))
+        print(
+            *(f"{name}={shlex.quote(value)}" for name, value in environment.items()),
+            shlex.join([*prefix, *words]),
+        )
     diverged = sum(state.kind == "diverged" for _, state in states)
     print(f"# {len(todo)} of {len(states)} remain" + (f"; {diverged} diverged" if diverged else ""))
+
 
 def main() -> None:
     """Plan, then print, submit or run what remains."""
@@ -209,10 +250,16 @@ def main() -> None:
     if options.dry_run:
         return print_commands(states, log_dir, machine)
     if options.slurm:
-        parameters = dict(hours=options.slurm_hours, gpus=options.slurm_gpus, cpus=options.slurm_cpus,
-                          parallel=options.workers, sbatch=pairs(options.slurm_sbatch, "--slurm-sbatch"))
+        parameters = dict(
+            hours=options.slurm_hours,
+            gpus=options.slurm_gpus,
+            cpus=options.slurm_cpus,
+            parallel=options.workers,
+            sbatch=pairs(options.slurm_sbatch, "--slurm-sbatch"),
+        )
         return slurm.submit(states, log_dir, functools.partial(slurm.array_executor, **parameters))
     return sys.exit(run_locally(states, log_dir, machine, options.status_interval))
+
 
 if __name__ == "__main__":
     main()

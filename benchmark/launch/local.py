@@ -16,6 +16,7 @@ from benchmark.runs import RETURN
 POLL = 0.5  # seconds between looks at the processes
 Slot = tuple[tuple[str, ...], dict[str, str]]  # words before a command, and its environment
 
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """Where processes run: slots in turn, each with a GPU, or with cores of its own."""
@@ -36,6 +37,7 @@ class Machine:
             return cls([((), {})] * count)
         return cls([(("taskset", "-c", ",".join(map(str, cores[i::count]))), {}) for i in range(count)])
 
+
 def visible_gpus() -> list[str]:
     """Numbers of the GPUs that CUDA_VISIBLE_DEVICES leaves, or of all that nvidia-smi lists."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -45,12 +47,18 @@ def visible_gpus() -> list[str]:
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
 
+
 def columns(rows: list[list[str]]) -> str:
     """Rows as lines, the first column aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(word.rjust(width) if i else word.ljust(width)
-                               for i, (word, width) in enumerate(zip(row, widths, strict=True)))
-                     for row in rows)
+    return "\n".join(
+        "  ".join(
+            word.rjust(width) if i else word.ljust(width)
+            for i, (word, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
 
 def shown_time(seconds: float | None) -> str:
     """A duration for a person."""
@@ -60,6 +68,7 @@ def shown_time(seconds: float | None) -> str:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
+
 def progress(unit: Unit, state: State) -> float:
     """The share of a unit that is done, in [0, 1]; an evaluation's is not known before it ends."""
     done = state.step / max(unit.total_timesteps, 1)
@@ -67,10 +76,12 @@ def progress(unit: Unit, state: State) -> float:
         done = state.training_seconds / (unit.hours * 3600)
     return 1.0 if state.kind == "finished" else 0.0 if unit.evaluation else min(done, 1.0)
 
+
 def seconds_left(unit: Unit, state: State) -> float | None:
     """Seconds that a run that goes on as it did still takes; None before its first iteration."""
     done = progress(unit, state)
     return state.wall_time / done * (1 - done) if done > 0 else None
+
 
 class Sweep:
     """The state of a sweep on this machine: what waits, runs, is finished, failed."""
@@ -80,9 +91,12 @@ class Sweep:
         self.log_dir, self.began = log_dir, time.monotonic()
         self.states = dict(states)
         self.waiting = deque(unit for unit, state in states if state.kind == "waiting")
-        self.failed = {unit: "a metric was not finite; remove the run's folder diverged/ to try again from its "
-                             "checkpoint"
-                       for unit, state in states if state.kind == "diverged"}
+        self.failed = {
+            unit: "a metric was not finite; remove the run's folder diverged/ to try again from its "
+            "checkpoint"
+            for unit, state in states
+            if state.kind == "diverged"
+        }
         # of each running unit: its process and slot
         self.free, self.running = list(reversed(machine.slots)), {}
         self.received: list[int] = []  # signals
@@ -93,8 +107,12 @@ class Sweep:
         self.waiting.clear()
         for process, _ in self.running.values():
             process.stop() if len(self.received) == 1 else process.kill()
-        print("\nwaiting for the checkpoints of what runs; once more to kill it" if len(self.received) == 1
-              else "\nkilled", flush=True)
+        print(
+            "\nwaiting for the checkpoints of what runs; once more to kill it"
+            if len(self.received) == 1
+            else "\nkilled",
+            flush=True,
+        )
 
     def launch(self) -> None:
         """Start the next unit in a free slot."""
@@ -120,10 +138,14 @@ class Sweep:
     def left(self) -> float | None:
         """Seconds that the sweep still takes: what is left of all units, at the pace of those of the same
         task or, where there is none yet, of any, shared by the slots."""
-        seconds = {unit: seconds_left(unit, state)
-                   for unit, state in self.states.items() if unit in self.running}
-        paces = {unit: state.wall_time / progress(unit, state) for unit, state in self.states.items()
-                 if state.wall_time > 0 and progress(unit, state) > 0 and not unit.evaluation}
+        seconds = {
+            unit: seconds_left(unit, state) for unit, state in self.states.items() if unit in self.running
+        }
+        paces = {
+            unit: state.wall_time / progress(unit, state)
+            for unit, state in self.states.items()
+            if state.wall_time > 0 and progress(unit, state) > 0 and not unit.evaluation
+        }
         if not paces or any(x is None for x in seconds.values()):
             return None
         mean = sum(paces.values()) / len(paces)
@@ -143,13 +165,23 @@ class Sweep:
             where = slot[1].get("CUDA_VISIBLE_DEVICES", slot[0][-1] if slot[0] else "")
             event = state.run.last() if state.run else {}
             sps = event.get("charts/SPS", 0) * unit.num_seeds
-            rows.append([unit.name, where, f"{state.step:,}", f"{progress(unit, state):.0%}", f"{sps:,.0f}",
-                         f"{event[RETURN]:.1f}" if RETURN in event else "",
-                         shown_time(seconds_left(unit, state))])
+            rows.append(
+                [
+                    unit.name,
+                    where,
+                    f"{state.step:,}",
+                    f"{progress(unit, state):.0%}",
+                    f"{sps:,.0f}",
+                    f"{event[RETURN]:.1f}" if RETURN in event else "",
+                    shown_time(seconds_left(unit, state)),
+                ]
+            )
         finished = sum(state.kind == "finished" for state in self.states.values())
         time_left = f", {shown_time(self.left())} left" if self.running else ""
-        counts = (f"{finished} of {len(self.states)} finished, {len(self.running)} running, "
-                  f"{len(self.waiting)} waiting, {len(self.failed)} failed{time_left}")
+        counts = (
+            f"{finished} of {len(self.states)} finished, {len(self.running)} running, "
+            f"{len(self.waiting)} waiting, {len(self.failed)} failed{time_left}"
+        )
         return f"{counts}\n{columns(rows)}\n" if self.running else f"{counts}\n"
 
     def failures(self) -> str:
@@ -159,8 +191,10 @@ class Sweep:
             parts += [f"{unit.name}: {error}", *(f"    {line}" for line in last_lines(unit, self.log_dir))]
         return "\n".join(parts)
 
-def run_locally(states: list[tuple[Unit, State]], log_dir: pathlib.Path, machine: Machine,
-                interval: float) -> int:
+
+def run_locally(
+    states: list[tuple[Unit, State]], log_dir: pathlib.Path, machine: Machine, interval: float
+) -> int:
     """Run what is not finished; the exit code: 0 if all is finished, 1 if anything failed, 128 + a signal."""
     sweep, shown = Sweep(states, log_dir, machine), -1e9
     for number in (signal.SIGINT, signal.SIGTERM):

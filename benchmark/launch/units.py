@@ -22,6 +22,7 @@ from benchmark.tasks import ROOT, Task, place_of, preset_values
 # exit codes after a signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
+
 @dataclasses.dataclass(frozen=True)
 class Unit:
     """What one process does."""
@@ -38,8 +39,12 @@ class Unit:
     @property
     def name(self) -> str:
         """What a person calls it; also the name of its log."""
-        parts = [self.task.env_id, self.exp_name, str(self.seed),
-                 *([self.evaluation] if self.evaluation else [])]
+        parts = [
+            self.task.env_id,
+            self.exp_name,
+            str(self.seed),
+            *([self.evaluation] if self.evaluation else []),
+        ]
         return "__".join(parts)
 
     @property
@@ -48,6 +53,7 @@ class Unit:
         given = given_values(self.flags)
         preset = preset_values(self.task.script, given.get("preset", "paper"), self.task.suite)
         return int(given.get("total_timesteps") or preset["total_timesteps"])
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -59,10 +65,12 @@ class State:
     wall_time: float = 0.0  # seconds so far, without compilation
     training_seconds: float = 0.0  # of them, without evaluations and checkpoints; where there is a limit
 
+
 def fail(message: str) -> NoReturn:
     """Refuse bad input: one line on stderr and exit code 2."""
     print(f"benchmark.launch: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
 
 def given_values(flags: Iterable[str]) -> dict[str, str]:
     """The values that a command line gives, by the argument's name: --a-b 3, --a-b=3, --a-b and --no-a-b."""
@@ -71,11 +79,12 @@ def given_values(flags: Iterable[str]) -> dict[str, str]:
     for word in words:
         if word.startswith("--"):
             off = word.startswith("--no-")
-            name = word[5 if off else 2:].replace("-", "_")
+            name = word[5 if off else 2 :].replace("-", "_")
             found[name] = str(not off)
         else:
             found[name] = word
     return found
+
 
 def same_value(saved: Any, given: str) -> bool:
     """Whether an argument in args.json is what a command line says."""
@@ -83,6 +92,7 @@ def same_value(saved: Any, given: str) -> bool:
         return float(saved) == float(given)
     except (TypeError, ValueError):
         return str(saved) == given
+
 
 def conflict(unit: Unit, run: Run) -> str | None:
     """The first argument that decides a run's numbers and is not what the sweep's flags say."""
@@ -96,20 +106,24 @@ def conflict(unit: Unit, run: Run) -> str | None:
             return f"{name} {saved}, where this sweep has {given[name]}"
     return None
 
+
 # ------------------------------------------------------------------------------------------------------ state
 def existing(unit: Unit, runs: Iterable[Run]) -> Run | None:
     """The run of a unit among these, told by what its args.json says."""
     identity = unit.task.script, unit.exp_name, unit.task.env_id, unit.seed, unit.num_seeds
     return furthest(run for run in runs if run.identity == identity)
 
+
 def result_path(unit: Unit, log_dir: pathlib.Path) -> pathlib.Path:
     """Where an evaluation's numbers are kept; not in the run's folder, which evaluating leaves as it is."""
     return log_dir / "evaluations" / f"{unit.name}.json"
+
 
 def is_trained(unit: Unit, run: Run) -> bool:
     """Whether a run is at the unit's end: at the last step, evaluated, or at the limit of hours if any."""
     over = unit.hours is not None and run.training_seconds() >= unit.hours * 3600
     return over or run.finished(unit.total_timesteps)
+
 
 def assess(unit: Unit, runs: Iterable[Run], log_dir: pathlib.Path) -> State:
     """How far a unit is, as its files tell."""
@@ -124,6 +138,7 @@ def assess(unit: Unit, runs: Iterable[Run], log_dir: pathlib.Path) -> State:
     kind = "finished" if is_trained(unit, run) else "diverged" if run.diverged else "waiting"
     return State(kind, run, step, wall_time, run.training_seconds() if unit.hours else 0.0)
 
+
 # ---------------------------------------------------------------------------------------------------- command
 def command(unit: Unit, run: Run | None, log_dir: pathlib.Path) -> list[str]:
     """The command that does a unit, continuing the run that there is if it has a checkpoint."""
@@ -133,12 +148,17 @@ def command(unit: Unit, run: Run | None, log_dir: pathlib.Path) -> list[str]:
     words += ["--env-id", unit.task.env_id, "--exp-name", unit.exp_name, "--seed", str(unit.seed)]
     words += ["--num-seeds", str(unit.num_seeds)] if unit.num_seeds > 1 else []
     begun = run and run.checkpoint >= 0
-    return [*words, *unit.flags,
-            *(["--resume", os.path.relpath(run.folder)] if begun else ["--log-dir", str(log_dir)])]
+    return [
+        *words,
+        *unit.flags,
+        *(["--resume", os.path.relpath(run.folder)] if begun else ["--log-dir", str(log_dir)]),
+    ]
+
 
 def log_path(unit: Unit, log_dir: pathlib.Path) -> pathlib.Path:
     """What the unit's processes printed, one after another."""
     return log_dir / "logs" / f"{unit.name}.log"
+
 
 def last_lines(unit: Unit, log_dir: pathlib.Path, count: int = 8) -> list[str]:
     """The last lines that are not empty of a unit's log."""
@@ -146,8 +166,10 @@ def last_lines(unit: Unit, log_dir: pathlib.Path, count: int = 8) -> list[str]:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [line for line in lines if line.strip()][-count:]
 
+
 class Refused(Exception):
     """A unit that cannot be started now; says why."""
+
 
 def spawn(words: list[str], log: Any, environment: dict[str, str]) -> subprocess.Popen:
     """Start a command that writes to a log.
@@ -157,16 +179,24 @@ def spawn(words: list[str], log: Any, environment: dict[str, str]) -> subprocess
     that it is blocked."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                env={**os.environ, **environment}, start_new_session=True)
+        return subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
 
 class Process:
     """A unit's running process."""
 
-    def __init__(self, unit: Unit, log_dir: pathlib.Path, prefix: tuple[str, ...] = (),
-                 **environment: str) -> None:
+    def __init__(
+        self, unit: Unit, log_dir: pathlib.Path, prefix: tuple[str, ...] = (), **environment: str
+    ) -> None:
         """Start it. Raises Refused if another process does this unit, or if there is nothing to evaluate.
 
         The log is locked, and the child, whose output it is, holds the lock as long as it or a worker of it
@@ -225,10 +255,18 @@ class Process:
     def keep(self, run: Run) -> None:
         """Write down the numbers that an evaluation printed last."""
         unit, path = self.unit, result_path(self.unit, self.log_dir)
-        content = {"script": run.script, "env_id": unit.task.env_id, "exp_name": unit.exp_name,
-                   "seed": unit.seed, "num_seeds": unit.num_seeds, "evaluation": unit.evaluation,
-                   "flags": unit.flags, "run": run.folder.name,
-                   "step": run.last()["step"], "results": json.loads(last_lines(unit, self.log_dir, 1)[0])}
+        content = {
+            "script": run.script,
+            "env_id": unit.task.env_id,
+            "exp_name": unit.exp_name,
+            "seed": unit.seed,
+            "num_seeds": unit.num_seeds,
+            "evaluation": unit.evaluation,
+            "flags": unit.flags,
+            "run": run.folder.name,
+            "step": run.last()["step"],
+            "results": json.loads(last_lines(unit, self.log_dir, 1)[0]),
+        }
         path.parent.mkdir(exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
         path.with_suffix(".tmp").replace(path)

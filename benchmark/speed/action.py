@@ -77,7 +77,9 @@ def main() -> None:
     write_json(output.with_suffix(".json"), {"options": shown, "rows": rows})
     cells = [(x["steps"], x["mode"], f"{x['median_ms']:.2f}", f"{x['percentile_99_ms']:.2f}") for x in rows]
     text = markdown_table(("denoising steps N", "acts by", "median, ms", "99th percentile, ms"), cells)
-    text += f"\nOne core of {cpu_name()}, width {options.hidden_dim}, onnxruntime {onnxruntime.__version__}.\n"
+    text += (
+        f"\nOne core of {cpu_name()}, width {options.hidden_dim}, onnxruntime {onnxruntime.__version__}.\n"
+    )
     output.with_suffix(".md").write_text(text)
     print(text)
 

@@ -41,25 +41,36 @@ HUMANOID_HOURS = PAPER_HUMANOIDS.set_index("method").hours["TruDi"]
 PUSH_CUBE = {"observation": 35, "privileged": 35, "action": 8}
 GIB = 2**30
 
+
 # ------------------------------------------------------------------------------------------------------ sizes
 def sizes_of(task: Task) -> dict[str, int]:
     """Entries of an observation, of what the critic sees, and of an action."""
     path = RESULTS / f"all_tasks_{task.script}.json"
     if not path.exists():
         return PUSH_CUBE
-    rows = {row["task"].removesuffix("-v0") if task.suite == "isaaclab" else row["task"]: row
-            for row in json.loads(path.read_text())["tasks"]}
+    rows = {
+        row["task"].removesuffix("-v0") if task.suite == "isaaclab" else row["task"]: row
+        for row in json.loads(path.read_text())["tasks"]
+    }
     name = task.env_id if task.env_id in rows else task.env_id.replace("Reorient", "Repose")
     if name not in rows:
         sys.exit(f"{path.name} does not have {task.env_id}; run benchmark/studies/all_tasks.py for it first")
     return {key: rows[name][key] for key in PUSH_CUBE}
 
+
 def arguments(task: Task) -> trudi.Args:
     """trudi_mjx.py's arguments at a task's sizes; its learner is that of every script."""
     settings = task.settings
-    return trudi.resolve(trudi.Args(num_envs=settings.num_envs, num_steps=settings.num_steps,
-                                    hidden_dim=settings.hidden_dim, total_timesteps=settings.total_timesteps,
-                                    device="cpu"))
+    return trudi.resolve(
+        trudi.Args(
+            num_envs=settings.num_envs,
+            num_steps=settings.num_steps,
+            hidden_dim=settings.hidden_dim,
+            total_timesteps=settings.total_timesteps,
+            device="cpu",
+        )
+    )
+
 
 # --------------------------------------------------------------------------------------------------- counting
 def counted(function: Any, *inputs: Any) -> tuple[float, int]:
@@ -67,13 +78,16 @@ def counted(function: Any, *inputs: Any) -> tuple[float, int]:
     compiled = jax.jit(function).lower(*inputs).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
+
 def bytes_of(tree: Any) -> int:
     """Bytes of a tree of shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
+
 @functools.cache
 def learner_costs(args: trudi.Args, observation: int, privileged: int, action: int) -> dict[str, float]:
     """FLOP for an environment step, and bytes."""
+
     def make(key: jax.Array) -> trudi.Learner:
         rngs = trudi.nnx.Rngs(key)
         actor = trudi.Actor(args, observation, action, rngs)
@@ -82,29 +96,46 @@ def learner_costs(args: trudi.Args, observation: int, privileged: int, action: i
         optimizers = trudi.make_optimizers(args)
         opt_states = [o.init(p) for o, p in zip(optimizers, (actor, critic, duals), strict=True)]
         return trudi.Learner(actor, critic, duals, *opt_states)
+
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     learner, chain = jax.eval_shape(make, key), (args.num_diffusion_steps, action)
     setup = trudi.Setup(args, env=None, action_size=action, time_limit=0, mesh=None)
+
     def states(count: int) -> trudi.Batch:
         shapes = trudi.Batch((observation,), (privileged,), (action,), trudi.Trajectory(chain, chain), ())
-        return jax.tree.map(lambda shape: jax.ShapeDtypeStruct((count, *shape), jnp.float32), shapes,
-                            is_leaf=lambda x: type(x) is tuple)
+        return jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct((count, *shape), jnp.float32),
+            shapes,
+            is_leaf=lambda x: type(x) is tuple,
+        )
+
     minibatch, whole, envs = states(args.minibatch_size), states(args.batch_size), args.num_envs
     update = functools.partial(trudi.update_minibatch, setup)
     step, temporary = counted(update, learner, learner.actor, minibatch, key)
     noise = jax.ShapeDtypeStruct((chain[0] + 1, envs, action), jnp.float32)
     act = functools.partial(trudi.sample_chain, unroll=True)
     acting, _ = counted(act, learner.actor, states(envs).actor_observation, noise)
-    valuing, _ = counted(lambda critic, seen, u: trudi.q_value(args, critic(seen, u)), learner.critic,
-                         states(envs).critic_observation, states(envs).action)
+    valuing, _ = counted(
+        lambda critic, seen, u: trudi.q_value(args, critic(seen, u)),
+        learner.critic,
+        states(envs).critic_observation,
+        states(envs).action,
+    )
     flop = args.num_epochs * step / args.minibatch_size + (2 * acting + valuing) / envs
     seen = observation + (privileged if privileged != observation else 0)
     # What `rollout` returns, Transition, and the batch, with the normalised next observations.
     raw = 4 * args.batch_size * (2 * seen + action + 2 * chain[0] * action + 8)
     batch = bytes_of(whole) + 4 * args.batch_size * seen
-    return {"flop_per_step": flop, "update_flop": step, "learner_bytes": bytes_of(learner),
-            "rollout_bytes": raw, "batch_bytes": batch,
-            "update_bytes": temporary, "parameters": bytes_of((learner.actor, learner.critic)) // 4}
+    return {
+        "flop_per_step": flop,
+        "update_flop": step,
+        "learner_bytes": bytes_of(learner),
+        "rollout_bytes": raw,
+        "batch_bytes": batch,
+        "update_bytes": temporary,
+        "parameters": bytes_of((learner.actor, learner.critic)) // 4,
+    }
+
 
 def count_tasks() -> list[dict[str, Any]]:
     """A row for each of the 73 tasks."""
@@ -113,11 +144,22 @@ def count_tasks() -> list[dict[str, Any]]:
         sizes = sizes_of(task)
         costs = learner_costs(arguments(task), **sizes)
         total = sum(costs[f"{name}_bytes"] for name in ("learner", "rollout", "batch", "update"))
-        rows.append({"suite": task.suite, "task": task.env_id, **sizes, **costs, "bytes": total,
-                     "flop": costs["flop_per_step"] * task.settings.total_timesteps})
-        print(f"{task.env_id}: {costs['flop_per_step'] / 1e6:,.0f} MFLOP a step, {total / GIB:.2f} GiB",
-              flush=True)
+        rows.append(
+            {
+                "suite": task.suite,
+                "task": task.env_id,
+                **sizes,
+                **costs,
+                "bytes": total,
+                "flop": costs["flop_per_step"] * task.settings.total_timesteps,
+            }
+        )
+        print(
+            f"{task.env_id}: {costs['flop_per_step'] / 1e6:,.0f} MFLOP a step, {total / GIB:.2f} GiB",
+            flush=True,
+        )
     return rows
+
 
 # ------------------------------------------------------------------------------------------------------ rates
 def gpu_rate(rows: list[dict[str, Any]]) -> float:
@@ -125,14 +167,19 @@ def gpu_rate(rows: list[dict[str, Any]]) -> float:
     flop = statistics.mean(row["flop"] for row in rows if row["suite"] == "humanoid")
     return flop / (HUMANOID_HOURS * 3600)
 
+
 def cpu_rate(rows: list[dict[str, Any]]) -> tuple[float, str]:
     """FLOP/s of gradient steps at the paper's width and minibatch, measured on a CPU, and which."""
-    found = [x for x in json.loads((RESULTS / "update_time_cpu.json").read_text())
-             if (x["options"]["hidden_dim"], x["options"]["minibatch_size"]) == (512, 2048)]
+    found = [
+        x
+        for x in json.loads((RESULTS / "update_time_cpu.json").read_text())
+        if (x["options"]["hidden_dim"], x["options"]["minibatch_size"]) == (512, 2048)
+    ]
     flop = next(row["update_flop"] for row in rows if row["suite"] == "maniskill")  # of its sizes
     provenance = found[-1]["provenance"]
     machine = f"{provenance['cpu']}, {provenance['device'].split(', ')[-1]}"
     return flop / statistics.median(found[-1]["seconds"]["JAX"]), machine
+
 
 def simulator_core_hours() -> float:
     """Core-hours of HumanoidBench's simulator for ten runs of each task, by benchmark/speed/humanoidbench_workers.py."""
@@ -140,11 +187,20 @@ def simulator_core_hours() -> float:
     speed = statistics.median(measured["results"]["2 workers"]["steps_per_second"]) / 2
     return 10 * sum(task.settings.total_timesteps for task in tasks_of(["humanoidbench"])) / speed / 3600
 
+
 def cited_table() -> str:
     """The paper's Table 2, and the hours of its ten runs of each of the four humanoids."""
-    rows = [(row.method, f"{row.hours} ± {row.hours_spread}", f"{row.iqm} ± {row.iqm_spread}",
-             f"{40 * row.hours:.0f}") for row in PAPER_HUMANOIDS.itertuples()]
+    rows = [
+        (
+            row.method,
+            f"{row.hours} ± {row.hours_spread}",
+            f"{row.iqm} ± {row.iqm_spread}",
+            f"{40 * row.hours:.0f}",
+        )
+        for row in PAPER_HUMANOIDS.itertuples()
+    ]
     return markdown_table(("humanoids", "hours of a run", "IQM of returns", "hours of forty runs"), rows)
+
 
 def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> str:
     """All tables as Markdown."""
@@ -158,22 +214,46 @@ def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> 
     header = ("ten runs of each task", "tasks", "FLOP of the learner", "GPU-hours", "CPU-hours")
     table = markdown_table(header, [(*x[:3], *(f"{hours:,.0f}" for hours in x[3:])) for x in suites])
     tasks = markdown_table(
-        ("task", "observation", "critic's", "action", "parameters", "MFLOP a step", "GiB",
-         "of it rollout and batch"),
-        [(row["task"], row["observation"], row["privileged"], row["action"], f"{row['parameters']:,}",
-          f"{row['flop_per_step'] / 1e6:,.0f}", f"{row['bytes'] / GIB:.2f}",
-          f"{(row['rollout_bytes'] + row['batch_bytes']) / GIB:.2f}") for row in rows])
-    text = ("Written by `python -m benchmark.speed.estimates`, which says how. Nothing was measured on a GPU of "
-            f"ours. GPU-hours are of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
-            f"{HUMANOID_HOURS} hours for a humanoid imply, with that simulator's share; where a simulator is "
-            f"slower, as HumanoidBench's on a CPU, it takes more. CPU-hours are of {machine}, at "
-            f"{cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator. HumanoidBench's simulator, "
-            f"measured, takes {simulator_core_hours():,.0f} core-hours besides: with 16 cores to a GPU, that "
-            f"waits for {simulator_core_hours() / 16:,.0f} hours.")
+        (
+            "task",
+            "observation",
+            "critic's",
+            "action",
+            "parameters",
+            "MFLOP a step",
+            "GiB",
+            "of it rollout and batch",
+        ),
+        [
+            (
+                row["task"],
+                row["observation"],
+                row["privileged"],
+                row["action"],
+                f"{row['parameters']:,}",
+                f"{row['flop_per_step'] / 1e6:,.0f}",
+                f"{row['bytes'] / GIB:.2f}",
+                f"{(row['rollout_bytes'] + row['batch_bytes']) / GIB:.2f}",
+            )
+            for row in rows
+        ],
+    )
+    text = (
+        "Written by `python -m benchmark.speed.estimates`, which says how. Nothing was measured on a GPU of "
+        f"ours. GPU-hours are of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
+        f"{HUMANOID_HOURS} hours for a humanoid imply, with that simulator's share; where a simulator is "
+        f"slower, as HumanoidBench's on a CPU, it takes more. CPU-hours are of {machine}, at "
+        f"{cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator. HumanoidBench's simulator, "
+        f"measured, takes {simulator_core_hours():,.0f} core-hours besides: with 16 cores to a GPU, that "
+        f"waits for {simulator_core_hours() / 16:,.0f} hours."
+    )
     caption = "One run of each task, memory without the simulator's:"
-    cited = ("Table 2 of the paper (cited, A100 or H100), whose methods do different operations, so that no "
-             f"other's hours follow from TruDi's:\n\n{cited_table()}")
+    cited = (
+        "Table 2 of the paper (cited, A100 or H100), whose methods do different operations, so that no "
+        f"other's hours follow from TruDi's:\n\n{cited_table()}"
+    )
     return f"# Estimates\n\n{text}\n\n{table}\n{cited}\n{caption}\n\n{tasks}"
+
 
 def main() -> None:
     """Count, write JSON and Markdown."""
@@ -184,6 +264,7 @@ def main() -> None:
     text = report(rows, gpu, cpu, machine)
     (RESULTS / "estimates.md").write_text(text)
     print(text)
+
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,7 @@ class Sizes(trudi.Args):
         """The arguments of trudi_mjx.py among these, changed as said."""
         return trudi.Args(**{f.name: getattr(self, f.name) for f in dataclasses.fields(trudi.Args)} | changes)
 
+
 def training_command(args: trudi.Args) -> list[str]:
     """The command that trains with these unresolved arguments, naming those that are not defaults."""
     command = [sys.executable, str(ROOT / "trudi_mjx.py")]
@@ -42,6 +43,7 @@ def training_command(args: trudi.Args) -> list[str]:
         for one in value if isinstance(value, tuple) else (value,):  # a flag that is given several times
             command += [name, str(one)]
     return command
+
 
 def shown_args(args: trudi.Args) -> dict[str, Any]:
     """Arguments for a results file: all but the folders."""

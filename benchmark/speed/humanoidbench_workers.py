@@ -24,6 +24,9 @@ import trudi_humanoidbench as trudi
 from benchmark.markdown import markdown_table
 from benchmark.measurements import RESULTS, cpu_name, write_json
 
+SECONDS = 10.0  # of each measurement
+ROUNDS = 5  # of measurements
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -35,10 +38,6 @@ class Options:
     """environments of both vectors"""
     num_workers: int = 2
     """worker processes"""
-    seconds: float = 10.0
-    """of each measurement"""
-    rounds: int = 5
-    """of measurements"""
     output: str | None = None
     """the JSON file; default: named after the task"""
 
@@ -118,9 +117,9 @@ def compare(options: Options, single: Vector, vector: Vector) -> dict[str, Any]:
     """Rates of all rounds, and the medians of their ratio and of the learner's CPU time."""
     alone = []
     together = []
-    for _ in range(options.rounds):
-        alone.append(measure(single.step, 1, options.seconds))
-        together.append(measure(vector.step, options.num_envs, options.seconds))
+    for _ in range(ROUNDS):
+        alone.append(measure(single.step, 1, SECONDS))
+        together.append(measure(vector.step, options.num_envs, SECONDS))
     vector.stop()
     single_rates = [rate.steps_per_second for rate in alone]
     vector_rates = [rate.steps_per_second for rate in together]

@@ -54,12 +54,14 @@ class Options(Sizes):
     repeats: int = 5  # timed rounds
     output: str | None = None  # the JSON file; default: named after task and device
 
+
 # ------------------------------------------------------------------------------------------------ ways undone
 def embed_inputs(self: trudi.Actor, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
     """In place of Actor.embed: what the first layer takes, itself."""
     angle = jnp.arange(1, self.num_steps + 1)[:, None] * 10000.0 ** -jnp.arange(0, 1, 2 / trudi.TIME_FEATURES)
     hidden = trudi.nnx.gelu(self.time_mlp[0](jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)))
     return observation, self.time_mlp[1](hidden)
+
 
 def call_whole(
     self: trudi.Actor, observation: jax.Array, features: jax.Array, latent: jax.Array
@@ -71,20 +73,24 @@ def call_whole(
         x = x + trudi.nnx.gelu(hidden(norm(x)))
     return self.output(x)
 
+
 def kl_in_turn(
     actor: trudi.Actor, old_actor: trudi.Actor, observation: jax.Array, trajectory: trudi.Trajectory
 ) -> jax.Array:
     """In place of trajectory_kl: one denoising step after the other."""
     observation_part, time_part = actor.embed(observation)
     variance = actor.prior_std**2
+
     def step(total: jax.Array, now: tuple) -> tuple[jax.Array, None]:
         h, old_h, time_n, latent, mean = now
         new_mean = latent + h * (actor(observation_part, time_n, latent) - latent / variance)
         kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (mean - new_mean) ** 2 / (2 * h))
         return total + kl.sum(-1), None
+
     chains = (jnp.moveaxis(x, 1, 0) for x in trajectory)
     steps = (actor.step_sizes(), old_actor.step_sizes(), time_part, *chains)
     return jax.lax.scan(step, jnp.zeros(len(observation)), steps)[0]
+
 
 def kl_of_new_chains(
     actor: trudi.Actor, old_actor: trudi.Actor, observation: jax.Array, trajectory: trudi.Trajectory
@@ -96,20 +102,26 @@ def kl_of_new_chains(
     chain = jax.lax.stop_gradient(trudi.sample_chain(old_actor, observation, noise))
     return TRAJECTORY_KL(actor, old_actor, observation, chain.trajectory)
 
+
 def chain_as_loop(
     actor: trudi.Actor, observation: jax.Array, noise: jax.Array, unroll: bool = False
 ) -> trudi.Chain:
     """In place of sample_chain: never unrolled."""
     return SAMPLE_CHAIN(actor, observation, noise)
 
+
 TRAJECTORY_KL, SAMPLE_CHAIN = trudi.trajectory_kl, trudi.sample_chain
 UNDONE: dict[str, tuple[tuple[Any, str, Callable], ...]] = {
     "as it is": (),
     "whole first layer at every step": (
-        (trudi.Actor, "embed", embed_inputs), (trudi.Actor, "__call__", call_whole)),
+        (trudi.Actor, "embed", embed_inputs),
+        (trudi.Actor, "__call__", call_whole),
+    ),
     "chain as a loop in the loss": ((trudi, "sample_chain", chain_as_loop),),
     "KL one step after the other": ((trudi, "trajectory_kl", kl_in_turn),),
-    "old chains drawn again": ((trudi, "trajectory_kl", kl_of_new_chains),)}
+    "old chains drawn again": ((trudi, "trajectory_kl", kl_of_new_chains),),
+}
+
 
 @contextlib.contextmanager
 def undone(name: str) -> Iterator[None]:
@@ -118,6 +130,7 @@ def undone(name: str) -> Iterator[None]:
         for place, attribute, replacement in UNDONE[name]:
             stack.enter_context(mock.patch.object(place, attribute, replacement))
         yield
+
 
 # ----------------------------------------------------------------------------------------------------- timing
 def make(script: Any, options: Options, width: int) -> tuple[Any, Any]:
@@ -129,9 +142,11 @@ def make(script: Any, options: Options, width: int) -> tuple[Any, Any]:
     setup = script.make_setup(script.resolve(script.Args(**own)))
     return setup, jax.jit(functools.partial(script.init_state, setup))(jax.random.PRNGKey(given.seed))
 
+
 def inputs_of(script: Any, state: Any, observation: Any) -> Any:
     """Normalised observations as both networks see them, as `iterate` has them."""
     return script.network_inputs(script.normalize(state.statistics, observation))
+
 
 def update(script: Any, setup: Any, state: Any, data: Any) -> tuple:
     """All that an iteration learns from a rollout; returns networks and metrics."""
@@ -140,14 +155,17 @@ def update(script: Any, setup: Any, state: Any, data: Any) -> tuple:
     keys = list(jax.random.split(state.key, 3))
     return script.update(setup, state.learner, data, inputs, next_inputs, keys)
 
+
 def targets(script: Any, setup: Any, state: Any, data: Any) -> jax.Array:
     """The critic's targets of a rollout."""
     next_inputs = inputs_of(script, state, data.next_observation)
     return script.critic_targets(setup, state.learner, data, next_inputs, state.key)
 
+
 def rollout(script: Any, setup: Any, state: Any) -> Any:
     """A rollout's transitions."""
     return script.rollout(setup, state.learner.actor, state.statistics, state.env_state, state.key)[1]
+
 
 def parts_of(name: str, script: Any, options: Options, width: int) -> dict[str, Callable[[], Any]]:
     """Calls of a script's compiled parts, on the same rollout."""
@@ -156,22 +174,28 @@ def parts_of(name: str, script: Any, options: Options, width: int) -> dict[str, 
     programs = {part: jax.jit(functools.partial(f, script, setup)) for part, f in functions.items()}
     data = programs["rollout"](state)
     iteration = jax.jit(functools.partial(script.iterate, setup))
-    calls = {f"{name}, rollout": functools.partial(programs["rollout"], state),
-             f"{name}, targets": functools.partial(programs["targets"], state, data),
-             f"{name}, update": functools.partial(programs["update"], state, data),
-             f"{name}, iteration": functools.partial(iteration, state)}
+    calls = {
+        f"{name}, rollout": functools.partial(programs["rollout"], state),
+        f"{name}, targets": functools.partial(programs["targets"], state, data),
+        f"{name}, update": functools.partial(programs["update"], state, data),
+        f"{name}, iteration": functools.partial(iteration, state),
+    }
     if script is trudi:
         calls["simulator alone"] = functools.partial(jax.jit(functools.partial(simulate, setup)), state)
         for way in UNDONE:
             calls[f"update, {way}"] = functools.partial(traced_without(way, setup), state, data)
     return calls
 
+
 def traced_without(way: str, setup: Any) -> Callable:
     """`update` of TruDi without one way to save time, which is a program of its own."""
+
     def run(state: Any, data: Any) -> tuple:
         with undone(way):
             return update(trudi, setup, state, data)
+
     return jax.jit(run)
+
 
 def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every call in each of several rounds, after one in which they compile."""
@@ -184,6 +208,7 @@ def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[f
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
+
 def check_equal(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """How far the loss is from that of `as it is`, relatively; ends with an error if a way matters that
     should not."""
@@ -194,20 +219,35 @@ def check_equal(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
             sys.exit(f"{name}: the loss is {losses[name]}, but {losses['as it is']} as it is")
     return apart
 
+
 # ---------------------------------------------------------------------------------------------------- results
 def report(width: int, seconds: dict[str, list[float]], where: str) -> str:
     """The times at one width as Markdown, beside REPPO's or beside those of `as it is`."""
     medians = {name: float(np.median(x)) for name, x in seconds.items()}
+
     def ratio(name: str, other: str) -> str:
         return f"{np.median(np.divide(seconds[name], seconds[other])):.2f}"
+
     parts = ("rollout", "targets", "update", "iteration")
-    rows = [(part, *(f"{medians[f'{name}, {part}']:.3f}" for name in ("TruDi", "REPPO")),
-             ratio(f"TruDi, {part}", f"REPPO, {part}")) for part in parts]
+    rows = [
+        (
+            part,
+            *(f"{medians[f'{name}, {part}']:.3f}" for name in ("TruDi", "REPPO")),
+            ratio(f"TruDi, {part}", f"REPPO, {part}"),
+        )
+        for part in parts
+    ]
     rows.insert(0, ("simulator alone", *[f"{medians['simulator alone']:.3f}"] * 2, ""))
-    ways = [(name, f"{medians[f'update, {name}']:.3f}", ratio(f"update, {name}", "update, as it is"))
-            for name in UNDONE]
-    return (markdown_table((f"width {width}, {where}", "TruDi, s", "REPPO, s", "ratio"), rows) + "\n"
-            + markdown_table((f"TruDi's update, width {width}", "s", "to as it is"), ways))
+    ways = [
+        (name, f"{medians[f'update, {name}']:.3f}", ratio(f"update, {name}", "update, as it is"))
+        for name in UNDONE
+    ]
+    return (
+        markdown_table((f"width {width}, {where}", "TruDi, s", "REPPO, s", "ratio"), rows)
+        + "\n"
+        + markdown_table((f"TruDi's update, width {width}", "s", "to as it is"), ways)
+    )
+
 
 def main() -> None:
     """Time both at every width, print tables, write JSON."""
@@ -228,6 +268,7 @@ def main() -> None:
     path = pathlib.Path(options.output or RESULTS / f"iteration_time_{args.env_id}_{kind}.json")
     shown = {name: value for name, value in shown_args(args).items() if name != "hidden_dim"}
     write_json(path, {"args": shown, "where": where, "widths": found})
+
 
 if __name__ == "__main__":
     main()

@@ -38,6 +38,7 @@ class Options:
     repeats: int = 10  # timed pairs of calls
     compile: bool = False  # torch.compile
 
+
 def jax_update(options: Options, args: trudi.Args, data: list[np.ndarray]) -> Callable[[], None]:
     """A call of trudi_mjx.py's `update_epochs`, compiled."""
     rngs = trudi.nnx.Rngs(0)
@@ -54,39 +55,63 @@ def jax_update(options: Options, args: trudi.Args, data: list[np.ndarray]) -> Ca
     update_epochs = jax.jit(functools.partial(trudi.update_epochs, setup))
     return lambda: jax.block_until_ready(update_epochs(learner, batch, jax.random.PRNGKey(0)))
 
+
 def torch_update(options: Options, args: trudi_maniskill.Args, data: list[np.ndarray]) -> Callable[[], None]:
     """A call of trudi_maniskill.py's `update_epochs`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = options.observation_size
-    setup = trudi_maniskill.Setup(args, device, env=None, eval_env=None, observation_size=size,
-                                  actor_sees=size, critic_sees=size, action_size=options.action_size)
+    setup = trudi_maniskill.Setup(
+        args,
+        device,
+        env=None,
+        eval_env=None,
+        observation_size=size,
+        actor_sees=size,
+        critic_sees=size,
+        action_size=options.action_size,
+    )
     learner = trudi_maniskill.init_learner(setup)
     programs = trudi_maniskill.compile_programs(setup, learner)
     observation, action, latents, means, target = (torch.tensor(x, device=device) for x in data)
     trajectory = trudi_maniskill.Trajectory(latents, means)
     batch = trudi_maniskill.Batch(observation, action, trajectory, target)
+
     def call() -> None:
         learner.old_actor.load_state_dict(learner.actor.state_dict())
         trudi_maniskill.update_epochs(setup, programs, batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
+
     return call
+
 
 def main() -> None:
     """Time the two in turn; print a table, write JSON."""
     options = tyro.cli(Options)
-    sizes = dict(preset="cpu", hidden_dim=options.hidden_dim, minibatch_size=options.minibatch_size,
-                 num_epochs=1, num_envs=options.minibatch_size, num_steps=options.num_minibatches,
-                 total_timesteps=options.minibatch_size * options.num_minibatches, v_min=-15.0, v_max=15.0)
+    sizes = dict(
+        preset="cpu",
+        hidden_dim=options.hidden_dim,
+        minibatch_size=options.minibatch_size,
+        num_epochs=1,
+        num_envs=options.minibatch_size,
+        num_steps=options.num_minibatches,
+        total_timesteps=options.minibatch_size * options.num_minibatches,
+        v_min=-15.0,
+        v_max=15.0,
+    )
     rng, size = np.random.default_rng(0), sizes["total_timesteps"]
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
     shape = (size, trudi.Args.num_diffusion_steps, options.action_size)
-    data = [rng.normal(size=s).astype(np.float32) for s in (
-        (size, options.observation_size), (size, options.action_size), shape, shape, (size,))]
+    data = [
+        rng.normal(size=s).astype(np.float32)
+        for s in ((size, options.observation_size), (size, options.action_size), shape, shape, (size,))
+    ]
     torch_args = trudi_maniskill.Args(**sizes, compile=options.compile)
-    calls = {"JAX": jax_update(options, trudi.resolve(trudi.Args(**sizes)), data),
-             "PyTorch": torch_update(options, trudi_maniskill.resolve(torch_args), data)}
+    calls = {
+        "JAX": jax_update(options, trudi.resolve(trudi.Args(**sizes)), data),
+        "PyTorch": torch_update(options, trudi_maniskill.resolve(torch_args), data),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(options.repeats + 2):
         for name, call in calls.items():
@@ -97,17 +122,26 @@ def main() -> None:
     ratios = [b / a for a, b in zip(seconds["JAX"], seconds["PyTorch"], strict=True)]
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else cpu_name()
-    columns = {f"{name}, ms": [1e3 * x for x in values]
-               for name, values in seconds.items()} | {"PyTorch / JAX": ratios}
-    rows = [[name, f"{statistics.median(x):.2f}", f"{min(x):.2f} to {max(x):.2f}"]
-            for name, x in columns.items()]
+    columns = {f"{name}, ms": [1e3 * x for x in values] for name, values in seconds.items()} | {
+        "PyTorch / JAX": ratios
+    }
+    rows = [
+        [name, f"{statistics.median(x):.2f}", f"{min(x):.2f} to {max(x):.2f}"] for name, x in columns.items()
+    ]
     title = f"minibatch of {options.minibatch_size}, width {options.hidden_dim}, {device}"
     print(markdown_table([title, "median", "range"], rows))
     path = RESULTS / f"update_time_{'gpu' if gpu else 'cpu'}.json"
     found = json.loads(path.read_text()) if path.exists() else []
-    found.append({"provenance": provenance(), "options": vars(options), "seconds": seconds,
-                  "ratio": statistics.median(ratios)})
+    found.append(
+        {
+            "provenance": provenance(),
+            "options": vars(options),
+            "seconds": seconds,
+            "ratio": statistics.median(ratios),
+        }
+    )
     path.write_text(json.dumps(found, indent=1) + "\n")
+
 
 if __name__ == "__main__":
     main()

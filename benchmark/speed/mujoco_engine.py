@@ -32,16 +32,22 @@ from benchmark.measurements import RESULTS, cpu_name, measure, write_json
 from benchmark.speed.rollout_and_update import act, compile_iteration, measure_iteration, simulate
 
 CORES = trudi.num_cores()
+MJX_HUMANOID_STEPS = 2  # of a rollout of the humanoids with MJX, which takes seconds a step
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Measure both simulators on a CPU."""
 
-    tasks: tuple[str, ...] = ("G1JoystickRoughTerrain", "T1JoystickFlatTerrain", "CartpoleBalance", "CheetahRun", "HopperHop")
+    tasks: tuple[str, ...] = (
+        "G1JoystickRoughTerrain",
+        "T1JoystickFlatTerrain",
+        "CartpoleBalance",
+        "CheetahRun",
+        "HopperHop",
+    )
     num_envs: int = 256
     num_steps: int = 32  # of a rollout with MuJoCo
-    mjx_humanoid_steps: int = 2  # of a rollout of the humanoids with MJX, which takes seconds a step
     repeats: int = 5
     output: str = str(RESULTS / "mujoco_speed")  # results, without .json and .md
 
@@ -49,7 +55,7 @@ class Options:
 def make(env_id: str, impl: str, options: Options) -> trudi.Setup:
     """A task with the sizes of --preset cpu but for the environments and steps."""
     humanoid_mjx = impl == "jax" and env_id in trudi.HUMANOID
-    num_steps = options.mjx_humanoid_steps if humanoid_mjx else options.num_steps
+    num_steps = MJX_HUMANOID_STEPS if humanoid_mjx else options.num_steps
     sizes = dict(num_envs=options.num_envs, num_steps=num_steps, total_timesteps=10**6)
     args = trudi.resolve(trudi.Args(env_id=env_id, preset="cpu", impl=impl, device="cpu", **sizes))
     trudi.check_args(args)
@@ -98,7 +104,9 @@ def time_engine(setup: trudi.Setup, states: dict[str, np.ndarray], threads: int,
     """Control steps a second of the batch, copying into and out of it included."""
     engine = trudi.MujocoEngine(setup.env.mj_model, threads)
     data = jax.eval_shape(setup.env.reset, jax.random.PRNGKey(0)).data
-    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.name != "_impl"}
+    fields = {
+        field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.name != "_impl"
+    }
     rates = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -143,10 +151,30 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         engine = [f"{result[f'engine, threads: {threads}']:,.0f}" for threads in sorted({1, CORES})]
         pairs = [f"{result['mujoco'][name]:,.0f} / {result['jax'][name]:,.0f}" for name in result["jax"]]
         ratio = result["mujoco"]["rollout"] / result["jax"]["rollout"]
-        rows.append((result["task"], f"{result['mj_step']:,.0f}", *engine, *pairs, f"{result['share']:.0%}", f"{ratio:.2f}"))
+        rows.append(
+            (
+                result["task"],
+                f"{result['mj_step']:,.0f}",
+                *engine,
+                *pairs,
+                f"{result['share']:.0%}",
+                f"{ratio:.2f}",
+            )
+        )
     engines = [f"engine, {threads} thread{'s' * (threads > 1)}" for threads in sorted({1, CORES})]
-    return markdown_table(("task", "mj_step, 1 thread", *engines, "env.step, MuJoCo / MJX", "rollout", "iteration",
-                           "rollout's share", "rollout, MuJoCo to MJX"), rows)
+    return markdown_table(
+        (
+            "task",
+            "mj_step, 1 thread",
+            *engines,
+            "env.step, MuJoCo / MJX",
+            "rollout",
+            "iteration",
+            "rollout's share",
+            "rollout, MuJoCo to MJX",
+        ),
+        rows,
+    )
 
 
 def main() -> None:
@@ -157,7 +185,9 @@ def main() -> None:
         results.append(compare(env_id, options))
         print(json.dumps(results[-1]), flush=True)
         shown = {name: value for name, value in vars(options).items() if name != "output"}
-        write_json(RESULTS.parent / f"{options.output}.json", {"options": shown, "cores": CORES, "tasks": results})
+        write_json(
+            RESULTS.parent / f"{options.output}.json", {"options": shown, "cores": CORES, "tasks": results}
+        )
         where = f"{options.num_envs} environments, {CORES} cores of {cpu_name()}"
         text = as_markdown(results) + f"\nControl steps a second; {where}.\n"
         (RESULTS.parent / f"{options.output}.md").write_text(text)

@@ -56,23 +56,27 @@ class Options(Sizes):
     profile: bool = False  # profile an iteration
     output: str | None = None  # the JSON file; default: named after task and device
 
+
 # --------------------------------------------------------------------------------------------------- start-up
 def logged(folder: pathlib.Path) -> bool:
     """Whether a run in a folder has logged an iteration."""
     return any(path.stat().st_size for path in folder.rglob("metrics.jsonl"))
+
 
 def measure_start(args: trudi.Args, cache: pathlib.Path) -> dict[str, float]:
     """Seconds until a process logs its first iteration, and those of compiling; it is then killed."""
     with tempfile.TemporaryDirectory() as folder:
         args = dataclasses.replace(args, log_dir=folder, compilation_cache_dir=str(cache / "jax"))
         command = training_command(args)
-        environment = {name: value
-                       for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        environment = {
+            name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+        }
         environment |= {"WARP_CACHE_PATH": str(cache / "warp"), "CUDA_CACHE_PATH": str(cache / "cuda")}
         output, began = pathlib.Path(folder, "output.txt"), time.perf_counter()
         with output.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment,
-                                       cwd=folder)
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
+            )
             while process.poll() is None and not logged(pathlib.Path(folder)):
                 time.sleep(0.02)
             seconds = time.perf_counter() - began
@@ -83,6 +87,7 @@ def measure_start(args: trudi.Args, cache: pathlib.Path) -> dict[str, float]:
             sys.exit(f"{' '.join(command)} did not get to its first iteration:\n{output.read_text()[-2000:]}")
     return {"first_iteration_logged": seconds, "compile": float(compiled[1])}
 
+
 def measure_starts(options: Options) -> dict[str, dict[str, float]]:
     """Start-up without and with compiled programs of an earlier start."""
     # `resolve` would take hold of the GPU, which the processes need
@@ -92,6 +97,7 @@ def measure_starts(options: Options) -> dict[str, dict[str, float]]:
     args = options.training_args(total_timesteps=2 * steps, eval_interval=2)
     with tempfile.TemporaryDirectory() as cache:
         return {name: measure_start(args, pathlib.Path(cache)) for name in ("empty cache", "warm cache")}
+
 
 # -------------------------------------------------------------------------------------- parts of an iteration
 def simulate(setup: trudi.Setup, state: trudi.TrainState) -> trudi.Outcome:
@@ -104,14 +110,17 @@ def simulate(setup: trudi.Setup, state: trudi.TrainState) -> trudi.Outcome:
 
     return jax.lax.scan(step, state.env_state, jax.random.split(state.key, args.num_steps))[1]
 
+
 def act(setup: trudi.Setup, state: trudi.TrainState) -> trudi.Transition:
     """A rollout of the policy: its transitions."""
     return trudi.rollout(setup, state.learner.actor, state.statistics, state.env_state, state.key)[1]
+
 
 def refill(setup: trudi.Setup, state: trudi.TrainState, data: trudi.Transition) -> Any:
     """States for the next episodes of the environments in which one ended in a rollout."""
     ended = data.terminated | data.truncated
     return trudi.refill_starts(setup, state.env_state, ended.any(0), state.key).starts
+
 
 def make_batch(setup: trudi.Setup, state: trudi.TrainState, data: trudi.Transition) -> trudi.Batch:
     """What the epochs learn from: targets beside normalised observations, as in `trudi_mjx.update`."""
@@ -121,9 +130,11 @@ def make_batch(setup: trudi.Setup, state: trudi.TrainState, data: trudi.Transiti
     batch = trudi.Batch(inputs.actor, inputs.critic, data.action, data.trajectory, target)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), batch)
 
+
 def update_epochs(setup: trudi.Setup, state: trudi.TrainState, batch: trudi.Batch) -> trudi.Learner:
     """All epochs of minibatches."""
     return trudi.update_epochs(setup, state.learner, batch, state.key)[0]
+
 
 def measure_parts(
     setup: trudi.Setup, state: trudi.TrainState, repeats: int
@@ -133,11 +144,19 @@ def measure_parts(
     programs = [jax.jit(jax.vmap(functools.partial(f, setup))) for f in functions]
     data = programs[1](state)
     batch = programs[3](state, data)
-    arguments = {"simulator alone": (state,), "rollout": (state,), "new starts": (state, data),
-                 "targets": (state, data), "update": (state, batch)}
-    seconds = {name: measure(program, inputs, repeats)
-               for program, (name, inputs) in zip(programs, arguments.items(), strict=True)}
+    arguments = {
+        "simulator alone": (state,),
+        "rollout": (state,),
+        "new starts": (state, data),
+        "targets": (state, data),
+        "update": (state, batch),
+    }
+    seconds = {
+        name: measure(program, inputs, repeats)
+        for program, (name, inputs) in zip(programs, arguments.items(), strict=True)
+    }
     return seconds, float((data.terminated | data.truncated).any(1).mean())
+
 
 # -------------------------------------------------------------------------------------------- whole iteration
 def compile_iteration(
@@ -159,6 +178,7 @@ def compile_iteration(
     seconds = dict(zip(("trace and lower", "compile"), np.diff(times).tolist(), strict=True))
     return program, jax.jit(init, out_shardings=shardings)(keys), seconds
 
+
 def measure_iteration(
     program: Callable, state: trudi.TrainState, repeats: int
 ) -> tuple[list[float], trudi.TrainState]:
@@ -170,11 +190,13 @@ def measure_iteration(
         seconds.append(time.perf_counter() - began)
     return seconds, state
 
+
 def peak_memory(device: jax.Device) -> dict[str, int]:
     """Peak bytes on the device, where it counts them, and of this process's resident set."""
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"device": (device.memory_stats() or {}).get("peak_bytes_in_use"), "resident": resident}
+
 
 def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, float, int]]:
     """Names, seconds and numbers of calls of what takes the most time in an iteration, on the device; 30 of
@@ -182,7 +204,7 @@ def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, floa
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(program(state))
-        trace, = pathlib.Path(folder).rglob("*.xplane.pb")
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
         devices = [plane for plane in planes if "GPU" in plane.name]
         lines = [line for plane in devices for line in plane.lines if line.name.startswith("Stream")]
@@ -191,8 +213,10 @@ def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, floa
         for event in (event for line in lines for event in line.events):
             total = totals.setdefault(re.sub(r"[.\d]+$", "", event.name), [0.0, 0])
             total[0], total[1] = total[0] + event.duration_ns * 1e-9, total[1] + 1
-    return sorted(((name, seconds, int(calls)) for name, (seconds, calls) in totals.items()),
-                  key=lambda row: -row[1])[:30]
+    return sorted(
+        ((name, seconds, int(calls)) for name, (seconds, calls) in totals.items()), key=lambda row: -row[1]
+    )[:30]
+
 
 # ---------------------------------------------------------------------------------------------------- results
 def report(results: dict[str, Any], title: str) -> str:
@@ -200,12 +224,14 @@ def report(results: dict[str, Any], title: str) -> str:
     rows = []
     for name, seconds in results["seconds"].items():
         rate = [results["steps"] / x for x in (np.median(seconds), max(seconds), min(seconds))]
-        rows.append((name, f"{rate[0]:,.0f}", f"{rate[1]:,.0f} to {rate[2]:,.0f}",
-                     f"{np.median(seconds):.3f}"))
+        rows.append(
+            (name, f"{rate[0]:,.0f}", f"{rate[1]:,.0f} to {rate[2]:,.0f}", f"{np.median(seconds):.3f}")
+        )
     text = markdown_table((title, "steps/s (median)", "slowest to fastest", "seconds per iteration"), rows)
     facts = [("environments whose episode ended in a rollout", f"{results['episodes_ended']:.1%}")]
-    facts += [(f"{name} an iteration", f"{seconds:.1f} s")
-              for name, seconds in results["compile_seconds"].items()]
+    facts += [
+        (f"{name} an iteration", f"{seconds:.1f} s") for name, seconds in results["compile_seconds"].items()
+    ]
     for name, x in results["start_seconds"].items():
         seconds = f"{x['first_iteration_logged']:.1f} s (of which compiling {x['compile']:.1f} s)"
         facts.append((f"start to first logged iteration, {name}", seconds))
@@ -213,6 +239,7 @@ def report(results: dict[str, Any], title: str) -> str:
     text += "\n" + markdown_table(("", ""), facts)
     rows = [(name[:80], f"{seconds:.4f}", calls) for name, seconds, calls in results["profile"][:15]]
     return text + ("\n" + markdown_table(("profile of an iteration", "s", "calls"), rows) if rows else "")
+
 
 def main() -> None:
     """Measure; the processes first, since afterwards this one holds the GPU."""
@@ -232,16 +259,28 @@ def main() -> None:
     # after all else: the iteration takes the state
     profile = profiled(program, state) if options.profile else []
     steps = args.batch_size * args.num_seeds
-    rates = {name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x))
-             for name, x in seconds.items()}
-    results = {"args": shown_args(args), "steps": steps, "steps_per_second": rates, "seconds": seconds,
-               "episodes_ended": ended, "compile_seconds": compile_seconds, "start_seconds": starts, "memory": memory,
-               "profile": profile, "matmul_precision": jax.config.jax_default_matmul_precision}
+    rates = {
+        name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x))
+        for name, x in seconds.items()
+    }
+    results = {
+        "args": shown_args(args),
+        "steps": steps,
+        "steps_per_second": rates,
+        "seconds": seconds,
+        "episodes_ended": ended,
+        "compile_seconds": compile_seconds,
+        "start_seconds": starts,
+        "memory": memory,
+        "profile": profile,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+    }
     kind = re.sub(r"\W+", "_", device.device_kind.lower())
     path = pathlib.Path(options.output or RESULTS / f"throughput_{args.env_id}_{kind}.json")
     write_json(path, results)
     where = cpu_name() + f", {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     print(report(results, f"{args.env_id}, {args.impl}, {where}"))
+
 
 if __name__ == "__main__":
     main()

@@ -32,6 +32,7 @@ from benchmark.measurements import RESULTS, cpu_name, write_json
 
 STEPS = 50
 TOLERANCE = 2e-3  # of observations relative to 1 + their size, and of rewards
+EPISODE_STEPS = 100  # at most in an episode of the statistics
 CONVERGED = dict(iterations=100, ls_iterations=50)
 
 
@@ -42,7 +43,6 @@ class Options:
     tasks: tuple[str, ...] = (*trudi.DMC, *trudi.HUMANOID)
     num_envs: int = 4  # simulations of the comparison step by step
     episodes: int = 64  # of the statistics
-    episode_steps: int = 100  # at most in each of them
     output: str = str(RESULTS / "mujoco_agreement")  # results, without .json and .md
 
 
@@ -101,9 +101,13 @@ def episodes(setup: trudi.Setup, options: Options) -> dict[str, np.ndarray]:
         total = total + jnp.where(alive, sim.reward, 0)
         return (sim, alive & (sim.done == 0), total, length + alive), None
 
-    first = (start(setup, options.episodes), jnp.ones(options.episodes, bool), jnp.zeros(options.episodes),
-             jnp.zeros(options.episodes))
-    keys = jax.random.split(jax.random.PRNGKey(1), options.episode_steps)
+    first = (
+        start(setup, options.episodes),
+        jnp.ones(options.episodes, bool),
+        jnp.zeros(options.episodes),
+        jnp.zeros(options.episodes),
+    )
+    keys = jax.random.split(jax.random.PRNGKey(1), EPISODE_STEPS)
     (_, _, total, length), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(first)
     return {"return": np.asarray(total), "length": np.asarray(length)}
 
@@ -125,8 +129,10 @@ def agree(found: dict[str, list[float]], name: str) -> bool:
 
 def within(found: dict[str, float]) -> bool:
     """Whether both go the same way, or would if no error added up."""
-    return any(all(found[f"{name}, {what}"] <= TOLERANCE for what in ("obs", "reward"))
-               for name in ("50 steps", "one step"))
+    return any(
+        all(found[f"{name}, {what}"] <= TOLERANCE for what in ("obs", "reward"))
+        for name in ("50 steps", "one step")
+    )
 
 
 def compare(env_id: str, options: Options) -> dict[str, Any]:
@@ -136,7 +142,8 @@ def compare(env_id: str, options: Options) -> dict[str, Any]:
         result["converged"] = compare_steps(env_id, options.num_envs, CONVERGED)
         result["episodes"] = compare_episodes(env_id, options)
     result["passes"] = within(result["as it is"]) or (
-        within(result["converged"]) and all(agree(result["episodes"], x) for x in ("return", "length")))
+        within(result["converged"]) and all(agree(result["episodes"], x) for x in ("return", "length"))
+    )
     return result
 
 
@@ -154,8 +161,19 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
             both = [result.get("episodes", {}).get(f"{name}, {impl}") for impl in ("mujoco", "jax")]
             row.append("" if both[0] is None else " and ".join(f"{x:.2f} ± {e:.2f}" for x, e in both))
         rows.append((*row, "yes" if result["passes"] else "no"))
-    return markdown_table(("task", "one step: observations / rewards", "50 steps", "one step, converged",
-                           "50 steps, converged", "return, MuJoCo and MJX", "length", "agrees"), rows)
+    return markdown_table(
+        (
+            "task",
+            "one step: observations / rewards",
+            "50 steps",
+            "one step, converged",
+            "50 steps, converged",
+            "return, MuJoCo and MJX",
+            "length",
+            "agrees",
+        ),
+        rows,
+    )
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ NO_MODE = -1
 LEAST_TURN = 0.01  # radians; a block that nobody touches turns less as it settles
 LEAST_HEIGHT = 0.02  # half a cube, in metres (E16)
 
+
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Measure the behaviour entropy of a trained agent."""
@@ -46,6 +47,7 @@ class Args:
     # the written files' path without .json and .png; default: behavior_entropy in the run folder
     output: str | None = None
 
+
 # ----------------------------------------------------------------------------------------------------- metric
 def turned(yaw: Tensor) -> Tensor:
     """How far the block has turned since the start, in radians, at all steps (T + 1, E) of its yaw (T + 1,
@@ -54,10 +56,12 @@ def turned(yaw: Tensor) -> Tensor:
     steps = torch.remainder(yaw.diff(dim=0) + math.pi, 2 * math.pi) - math.pi
     return torch.cat([torch.zeros_like(yaw[:1]), steps.cumsum(0)])
 
+
 def push_t_modes(turn: Tensor) -> Tensor:
     """Modes (E,) of the turns from start to end, in radians (E,). As in D.3 success is not asked for: only a
     block that was not turned has no mode."""
     return torch.where(turn.abs() < LEAST_TURN, NO_MODE, (turn < 0).long())
+
 
 def stack_cube_modes(height: Tensor, success: Tensor) -> Tensor:
     """Modes (E,) of how much higher than red's centre blue's is at the end, in metres (E,); none without
@@ -65,9 +69,11 @@ def stack_cube_modes(height: Tensor, success: Tensor) -> Tensor:
     stacked = success & (height.abs() > LEAST_HEIGHT)
     return torch.where(stacked, (height < 0).long(), NO_MODE)
 
+
 def count_modes(modes: Tensor) -> list[int]:
     """How many episodes ended in mode 0 and in mode 1; the others are failures."""
     return torch.bincount(modes[modes != NO_MODE], minlength=2).tolist()
+
 
 def behavior_entropy(counts: list[int]) -> float:
     """Entropy of the modes' distribution to the base of their number: 1 if they are equally frequent, 0 if
@@ -79,6 +85,7 @@ def behavior_entropy(counts: list[int]) -> float:
     shares = [count / total for count in counts if count > 0]
     return sum(-p * math.log(p, len(counts)) for p in shares)  # Eq. 317
 
+
 # --------------------------------------------------------------------------------------------------- episodes
 def load(args: Args) -> tuple[trudi.Setup, trudi.TrainState, str]:
     """The environments to evaluate in, the run's newest state, and "PushT" or "StackCube"; exits with code 2
@@ -86,20 +93,31 @@ def load(args: Args) -> tuple[trudi.Setup, trudi.TrainState, str]:
     own = trudi.read_args(args.run_dir)
     env_id = args.env_id or own.env_id.replace("Symmetric-v1", "SymmetricTest-v1")
     task = next((task for task in MODES if env_id.split(":")[-1].startswith(f"{task}Symmetric")), None)
-    rules = [(task, f"{env_id} is none of benchmark.studies.multimodality's tasks; name one with --env-id"),
-             (args.num_envs > 0 and args.episodes > 0, "--episodes and --num-envs must be positive"),
-             (args.num_envs > 0 and args.episodes % args.num_envs == 0,
-              "--num-envs does not divide --episodes"),
-             (args.device != "gpu" or torch.cuda.is_available(), "PyTorch has no gpu device")]
+    rules = [
+        (task, f"{env_id} is none of benchmark.studies.multimodality's tasks; name one with --env-id"),
+        (args.num_envs > 0 and args.episodes > 0, "--episodes and --num-envs must be positive"),
+        (args.num_envs > 0 and args.episodes % args.num_envs == 0, "--num-envs does not divide --episodes"),
+        (args.device != "gpu" or torch.cuda.is_available(), "PyTorch has no gpu device"),
+    ]
     for message in (message for holds, message in rules if not holds):
         trudi.fail(message)
-    own = dataclasses.replace(own, env_id=env_id, reward_mode="dense", eval_mode="ode", device=args.device,
-                              compile=False, num_eval_envs=args.num_envs, capture_video=False,
-                              resume=None, evaluate=args.run_dir)
+    own = dataclasses.replace(
+        own,
+        env_id=env_id,
+        reward_mode="dense",
+        eval_mode="ode",
+        device=args.device,
+        compile=False,
+        num_eval_envs=args.num_envs,
+        capture_video=False,
+        resume=None,
+        evaluate=args.run_dir,
+    )
     saved = trudi.read_checkpoint(args.run_dir)
     setup = trudi.make_setup(own, trudi.open_device(own))
     state, _ = trudi.prepare(setup, saved)
     return setup, state, task
+
 
 @torch.no_grad()
 def play(setup: trudi.Setup, state: trudi.TrainState, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,8 +127,10 @@ def play(setup: trudi.Setup, state: trudi.TrainState, seed: int) -> tuple[Tensor
     env.reset([seed] * sum(env.sizes))
     if not torch.allclose(env.observation, env.observation[:1].expand_as(env.observation), atol=1e-3):
         # A GPU's environments share one generator, so only a task without randomness starts alike in all.
-        trudi.fail(f"{setup.args.env_id} starts differently in parallel environments; take a test variant, "
-                   "or --device cpu")
+        trudi.fail(
+            f"{setup.args.env_id} starts differently in parallel environments; take a test variant, "
+            "or --device cpu"
+        )
     trace = [env.observation]
     for _ in range(env.time_limit):
         observation = trudi.normalize(state.statistics, env.observation)
@@ -120,6 +140,7 @@ def play(setup: trudi.Setup, state: trudi.TrainState, seed: int) -> tuple[Tensor
     last = env.episodes[-1]
     return torch.stack(trace), last.total, last.success_at_end.bool()
 
+
 def classify(task: str, trace: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
     """Modes (E,) of observations (T + 1, E, .), and what they were decided by, at all steps (T + 1, E)."""
     if task == "PushT":
@@ -127,6 +148,7 @@ def classify(task: str, trace: Tensor, success: Tensor) -> tuple[Tensor, Tensor]
         return push_t_modes(turn[-1]), turn
     blue, red = (trace[..., stack_cube.OBSERVATION[name]][..., 2] for name in ("blue", "red"))
     return stack_cube_modes((blue - red)[-1], success), blue - red
+
 
 # ---------------------------------------------------------------------------------------------------- results
 def summarize(task: str, modes: Tensor, total: Tensor, success: Tensor) -> dict[str, Any]:
@@ -138,12 +160,18 @@ def summarize(task: str, modes: Tensor, total: Tensor, success: Tensor) -> dict[
     counts, successful = count_modes(modes), count_modes(modes[success])
     entropies = (behavior_entropy(x) for x in (counts, successful))
     entropy, entropy_of_successes = (None if math.isnan(x) else x for x in entropies)
-    return {"episodes": len(modes), "successes_at_end": int(success.sum()),
-            "no_mode": len(modes) - sum(counts),
-            "mode_counts": dict(zip(MODES[task], counts, strict=True)), "entropy": entropy,
-            "mode_counts_of_successes": dict(zip(MODES[task], successful, strict=True)),
-            "entropy_of_successes": entropy_of_successes,
-            "return_mean": total.mean().item(), "return_std": total.std(correction=0).item()}
+    return {
+        "episodes": len(modes),
+        "successes_at_end": int(success.sum()),
+        "no_mode": len(modes) - sum(counts),
+        "mode_counts": dict(zip(MODES[task], counts, strict=True)),
+        "entropy": entropy,
+        "mode_counts_of_successes": dict(zip(MODES[task], successful, strict=True)),
+        "entropy_of_successes": entropy_of_successes,
+        "return_mean": total.mean().item(),
+        "return_std": total.std(correction=0).item(),
+    }
+
 
 def draw(task: str, trace: Tensor, decided_by: Tensor, modes: Tensor, path: str) -> None:
     """Picture of all episodes: the tool's way seen from above, and what the mode is decided by over time,
@@ -163,6 +191,7 @@ def draw(task: str, trace: Tensor, decided_by: Tensor, modes: Tensor, path: str)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
+
 def main() -> None:
     """Play, classify, print, write."""
     args = tyro.cli(Args)
@@ -178,8 +207,12 @@ def main() -> None:
     modes, decided_by = classify(task, trace, success)
     results = summarize(task, modes, total, success)
     output = args.output or str(pathlib.Path(args.run_dir, "behavior_entropy"))
-    settings = {"env_id": setup.args.env_id, "horizon": setup.eval_env.time_limit,
-                "iteration": state.iteration, "seed": args.seed}
+    settings = {
+        "env_id": setup.args.env_id,
+        "horizon": setup.eval_env.time_limit,
+        "iteration": state.iteration,
+        "seed": args.seed,
+    }
     run = json.loads(pathlib.Path(args.run_dir, "args.json").read_text())
     del run["args"]
     content = {"run": run, "command": sys.argv, **settings, **results}
@@ -187,6 +220,7 @@ def main() -> None:
     draw(task, trace, decided_by, modes, f"{output}.png")
     print("\n".join(f"{name}: {value}" for name, value in (settings | results).items()))
     print(f"{output}.json\n{output}.png")
+
 
 if __name__ == "__main__":
     main()

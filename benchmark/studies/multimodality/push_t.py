@@ -25,17 +25,20 @@ MARGIN = 1.2e-9
 # After qpos and qvel: xyz and a quaternion each.
 OBSERVATION = dict(tcp=slice(14, 21), block=slice(21, 28), goal=slice(28, 35))
 
+
 def yaw(quaternion: Tensor) -> Tensor:
     """Rotation about z (...,), in [-pi, pi], of quaternions w, x, y, z (..., 4). With atan2, for which they
     need no unit norm: the acos of a w that rounding left above 1 is NaN."""
     w, x, y, z = quaternion.unbind(-1)
     return torch.atan2(2 * (w * z + x * y), w**2 + x**2 - y**2 - z**2)
 
+
 def rotate(points: Tensor, angle: Tensor) -> Tensor:
     """Points (..., 2), turned by angles that broadcast to (...). Not a matrix product, which a GPU may round
     to TF32."""
     (x, y), cos, sin = points.unbind(-1), angle.cos(), angle.sin()
     return torch.stack([cos * x - sin * y, sin * x + cos * y], -1)
+
 
 def boxes(device: torch.device, grow: float) -> tuple[Tensor, Tensor]:
     """Centres and half sizes of the T's boxes in its own frame, (2 boxes, 1, 2) each, grown by this on all
@@ -44,10 +47,12 @@ def boxes(device: torch.device, grow: float) -> tuple[Tensor, Tensor]:
     half_sizes = torch.tensor(BOX_HALF_SIZES, device=device, dtype=torch.float64)
     return centres[:, None], half_sizes[:, None] + grow
 
+
 def box_corners(device: torch.device, grow: float) -> Tensor:
     """Corners of those boxes, counter-clockwise, (2 boxes, 4, 2)."""
     centres, half_sizes = boxes(device, grow)
     return centres + half_sizes * torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], device=device)
+
 
 def edges_inside(corners: Tensor, grow: float) -> Tensor:
     """How much of the edges of boxes with these corners (E, 2 boxes, 4, 2), in the T's frame, lies in the T's
@@ -60,6 +65,7 @@ def edges_inside(corners: Tensor, grow: float) -> Tensor:
     crossings = torch.stack([(-half_sizes - start) / along, (half_sizes - start) / along])
     enter, leave = crossings.amin(0).amax(-1).clamp(0, 1), crossings.amax(0).amin(-1).clamp(0, 1)
     return (leave - enter).clamp(min=0).sum(2)
+
 
 def intersection(block_xy: Tensor, block_yaw: Tensor, goal_xy: Tensor, goal_yaw: Tensor) -> Tensor:
     """Exact share (E,), 0 to 1, of the goal's footprint that the block covers, for poses (E, 2) and (E,).
@@ -80,13 +86,16 @@ def intersection(block_xy: Tensor, block_yaw: Tensor, goal_xy: Tensor, goal_yaw:
         area = area + ((start[..., 0] * end[..., 1] - start[..., 1] * end[..., 0]) * share).sum((-2, -1)) / 2
     return (area / AREA).float()
 
+
 def rotation_reward(block_yaw: Tensor, goal_yaw: Tensor) -> Tensor:
     """r_rot (E,), in [0, 0.5]. Even in the angle: turning the block either way pays the same."""
     return ((torch.cos(block_yaw - goal_yaw) + 1) / 2) ** 2 / 2  # Eq. 312
 
+
 def position_reward(block_xy: Tensor, goal_xy: Tensor) -> Tensor:
     """r_pos (E,), in [0, 0.5], of positions (E, 2)."""
     return (1 - torch.tanh(5 * torch.linalg.norm(block_xy - goal_xy, dim=-1))) ** 2 / 2  # Eq. 313
+
 
 def guidance_reward(tcp: Tensor, block: Tensor) -> Tensor:
     """r_tcp (E,), in [0, 0.05], of positions (E, 3). The paper says of Eq. 313 alone that its positions are
@@ -94,11 +103,13 @@ def guidance_reward(tcp: Tensor, block: Tensor) -> Tensor:
     for."""
     return torch.sqrt(1 - torch.tanh(5 * torch.linalg.norm(tcp - block, dim=-1))) / 20  # Eq. 314
 
+
 def planar_pose(xy: Tensor, angle: Tensor, height: float) -> Pose:
     """ManiSkill's pose of E bodies lying on the table."""
     zero = torch.zeros_like(angle)
     position = torch.cat([xy, torch.full_like(xy[:, :1], height)], -1)
     return Pose.create_from_pq(position, torch.stack([(angle / 2).cos(), zero, zero, (angle / 2).sin()], -1))
+
 
 @register_env("PushTSymmetric-v1", max_episode_steps=HORIZON)
 class PushTSymmetricEnv(PushTEnv):
@@ -140,6 +151,7 @@ class PushTSymmetricEnv(PushTEnv):
         reward = rotation_reward(yaw(block.q), yaw(goal.q)) + position_reward(block.p[:, :2], goal.p[:, :2])
         reward = reward + guidance_reward(self.agent.tcp.pose.p, block.p)
         return torch.where(info["success"], SUCCESS_REWARD, reward)
+
 
 @register_env("PushTSymmetricTest-v1", max_episode_steps=HORIZON)
 class PushTSymmetricTestEnv(PushTSymmetricEnv):

@@ -17,10 +17,12 @@ BLUE = (0.0, 0.0, 1.0, 1.0)
 # After qpos and qvel: xyz and a quaternion each.
 OBSERVATION = dict(tcp=slice(18, 25), red=slice(25, 32), blue=slice(32, 39))
 
+
 def other_order(info: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same facts with the cubes' names exchanged."""
     names = {name: name.translate(str.maketrans("AB", "BA")) for name in info}
     return {names[name]: fact for name, fact in info.items()}
+
 
 @register_env("StackCubeSymmetric-v1", max_episode_steps=HORIZON)
 class StackCubeSymmetricEnv(StackCubeEnv):
@@ -63,6 +65,7 @@ class StackCubeSymmetricEnv(StackCubeEnv):
         with self.cubes_exchanged():
             blue_on_red = super().compute_dense_reward(obs, action, other_order(info))
         return torch.maximum(red_on_blue, blue_on_red)  # Eq. 315, Eq. 316
+
 
 @register_env("StackCubeSymmetricTest-v1", max_episode_steps=HORIZON)
 class StackCubeSymmetricTestEnv(StackCubeSymmetricEnv):

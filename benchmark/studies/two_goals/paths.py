@@ -66,7 +66,9 @@ def ways_to_act(script: Any) -> dict[str, dict[str, Any]]:
     return ways | {sampled: dict(eval_mode=sampled)}
 
 
-def play(script: Any, setup: Any, state: Any, way: dict[str, Any], options: Options) -> tuple[np.ndarray, np.ndarray]:
+def play(
+    script: Any, setup: Any, state: Any, way: dict[str, Any], options: Options
+) -> tuple[np.ndarray, np.ndarray]:
     """Places (T, episodes, 2) and rewards (T, episodes) of episodes of a state's first seed."""
     setup = setup._replace(args=dataclasses.replace(setup.args, **way))
     learner, statistics = jax.tree.map(lambda x: x[0], (state.learner, state.statistics))
@@ -145,14 +147,27 @@ def as_markdown(table: pd.DataFrame) -> str:
     rows = []
     for names, group in table.groupby(["task", "algorithm", "acts"], sort=False):
         means = [f"{group[name].mean():.2f}" for name in ("return", "found", "entropy")]
-        entropies, nats = (", ".join(f"{x:.2f}" for x in group[name]) for name in ("entropy", "critic_prefers"))
+        entropies, nats = (
+            ", ".join(f"{x:.2f}" for x in group[name]) for name in ("entropy", "critic_prefers")
+        )
         rows.append((*names, str(len(group)), *means, entropies, nats))
-    header = ("task", "algorithm", "acts by", "seeds", "return", "found a goal", "entropy", "by seed",
-              "critic prefers one (nats)")
+    header = (
+        "task",
+        "algorithm",
+        "acts by",
+        "seeds",
+        "return",
+        "found a goal",
+        "entropy",
+        "by seed",
+        "critic prefers one (nats)",
+    )
     return markdown_table(header, rows)
 
 
-def draw(table: pd.DataFrame, paths: dict[tuple[str, str], list[dict[str, np.ndarray]]], path: pathlib.Path) -> None:
+def draw(
+    table: pd.DataFrame, paths: dict[tuple[str, str], list[dict[str, np.ndarray]]], path: pathlib.Path
+) -> None:
     """The paths of each task and algorithm (columns), all seeds, its ways of acting one above the other."""
     tasks, algorithms = (list(dict.fromkeys(table[name])) for name in ("task", "algorithm"))
     most = max(len(seeds[0]) for seeds in paths.values()) - 1  # ways of acting
