@@ -1,10 +1,42 @@
-"""What every test shares: JAX on the CPU, the repository on the path, small resolved arguments."""
+"""What every test shares: JAX on two devices of the CPU, its compiled programs, workers of trudi_humanoidbench.py."""
 
 import os
-import pathlib
-import sys
+import shutil
+import tempfile
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of what tests do
+# Compiling is most of what tests do. Scripts take one of the devices unless they are told to take both.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait for each other, there being two processes
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config):
+    """Programs that have been compiled once, by a test or by a process that one starts, are compiled for all."""
+    if COMPILED not in os.environ:
+        os.environ[COMPILED] = config.compiled = tempfile.mkdtemp(prefix="compiled-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
+        del os.environ[COMPILED]
+
+
+@pytest.fixture
+def simulators():
+    """Starts workers of trudi_humanoidbench.py, and ends them after the test."""
+    from small_humanoidbench import setup_for, trudi
+
+    started = []
+
+    def start(env_id, num_envs, num_workers, mode=None, **changes):
+        started.append(trudi.Simulators(setup_for(env_id, num_workers=num_workers, **changes), num_envs, mode))
+        return started[-1]
+
+    yield start
+    for envs in started:
+        envs.close()

@@ -1,6 +1,5 @@
-"""Evaluation: its three ways to act, and its episodes."""
+"""Evaluation: its three ways to act, its episodes, its videos."""
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -83,39 +82,6 @@ def test_readme_names_metrics_that_are_logged(evaluated):
     assert named
     unknown = named - evaluated[1] - {"charts/SPS"}
     assert all(any(f'"{name}"' in script for script in others) for name in unknown), unknown
-
-
-def test_dmc_tasks_can_be_made():
-    """With the MuJoCo that is installed; Playground's two Reachers want one whose version is not 3.10 to 3.17, or our help."""
-    for env_id in trudi.DMC:
-        setup = trudi.make_setup(small_args(env_id=env_id))
-        assert setup.time_limit == 1000 and setup.action_size > 0
-
-
-def test_presets_are_flags():
-    """What SUITE and PRESET set are arguments that wait for them."""
-    waiting = {field.name for field in dataclasses.fields(trudi.Args) if field.default is None}
-    for table in (*trudi.SUITE.values(), *trudi.PRESET.values(), trudi.CPU_HUMANOID):
-        assert set(table) <= waiting
-
-
-def test_warp_is_of_the_version_that_mjx_wants():
-    """With another one MJX says nothing until a task is made with --impl warp, the default on a GPU."""
-    types = pytest.importorskip("mujoco.mjx.warp.types")
-    assert hasattr(types.GraphMode, "WARP")
-
-
-def test_warp_can_be_traced(monkeypatch):
-    """All that is compiled with --impl warp, the default on a GPU, short of Warp's own kernels. Warp's data can be mapped over
-    seeds, but not selected between."""
-    monkeypatch.setattr("warp._src.context.Module.load", lambda *_, **__: None)
-    setup = trudi.make_setup(small_args(env_id="HopperHop", impl="warp"))
-    key = jax.ShapeDtypeStruct((2, 2), np.uint32)
-    state = jax.eval_shape(jax.vmap(functools.partial(trudi.init_state, setup)), key)
-    new_state, metrics = jax.eval_shape(jax.vmap(functools.partial(trudi.iterate, setup)), state)
-    assert [x.shape for x in jax.tree.leaves(new_state)] == [x.shape for x in jax.tree.leaves(state)]
-    found, _ = jax.eval_shape(jax.vmap(functools.partial(trudi.evaluate, setup), axis_name="seed"), state)
-    assert metrics["losses/actor"].shape == found["eval/episodic_return"].shape == (2,)
 
 
 @pytest.mark.parametrize("flags, name", [((), None), (("--capture-video",), "egl")])

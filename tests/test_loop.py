@@ -1,4 +1,4 @@
-"""The learning loop of every script on a task that dynamic programming solves; tests/corridor.py has it."""
+"""The learning loop of every script on a task that dynamic programming solves; standins/corridor.py has it."""
 
 import functools
 from typing import NamedTuple
@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from loops import ITERATIONS, SIZES, HumanoidBench, IsaacLab, ManiSkill, Mjx, lively
-from mutations import MUTATIONS, ROOT
+from runner import BASELINES
 
 GAMMA = SIZES["gamma"]
 KINDS = {"trudi_mjx": Mjx, "trudi_humanoidbench": HumanoidBench, "trudi_maniskill": ManiSkill, "trudi_isaaclab": IsaacLab}
-BASELINES = ROOT / "benchmark" / "baselines"
 MODULES = {name: name for name in KINDS}
 MODULES |= {path.stem: f"benchmark.baselines.{path.stem}" for path in BASELINES.glob("*_mjx.py")}
 
@@ -293,12 +292,3 @@ def test_pytorchs_kl_is_that_of_the_old_policys_chains(name):
     assert expected > 6 * error
     for kind in ("stored", "fresh"):
         np.testing.assert_allclose(metrics[f"trust_region/{kind}_kl"], expected, atol=4 * error)
-
-
-# ------------------------------------------------------------------------------------------------------------- mutations
-def test_every_mutation_can_be_made():
-    """Which `python tests/mutations.py` does, to see that a test fails."""
-    for mutation in MUTATIONS:
-        text = (ROOT / f"{mutation.script}.py").read_text()
-        assert text.count(mutation.old) == 1, mutation
-    assert len(MUTATIONS) >= 30

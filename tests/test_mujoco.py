@@ -1,7 +1,6 @@
 """--impl mujoco: MuJoCo's own engine in place of MJX, against MJX and against itself."""
 
 import json
-import pathlib
 import signal
 import sys
 
@@ -10,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probes import small_args
-from test_runs import Runner, assert_close, curve
+from runner import ROOT, Runner, assert_close, curve
 
 import trudi_mjx as trudi
 
 pytest.importorskip("mjbatch")
-TESTS = pathlib.Path(__file__).parent
 E = 8
 
 
@@ -126,8 +124,7 @@ def refusal(capsys, call, *inputs, **options):
     return line
 
 
-def test_a_task_that_reads_contacts_is_refused(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(TESTS)
+def test_a_task_that_reads_contacts_is_refused(capsys):
     made("contact_task:Touching", "jax")
     assert "--impl mujoco cannot simulate contact_task:Touching" in refusal(capsys, made, "contact_task:Touching")
     assert "--impl mujoco cannot simulate own_tasks:Point" in refusal(capsys, made, "own_tasks:Point")
@@ -143,7 +140,7 @@ def test_without_mjbatch(env_id, capsys, monkeypatch):
 
 
 def test_the_advice_is_what_requirements_say():
-    text = (TESTS.parent / "requirements.txt").read_text()
+    text = (ROOT / "requirements.txt").read_text()
     assert trudi.MJBATCH.split()[0] in text.split()
 
 

@@ -3,32 +3,31 @@ states, modes."""
 
 import json
 import math
-import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from runner import ROOT, ManiSkillRunner, call_main
 
 pytest.importorskip("mani_skill")
 
 import gymnasium as gym  # noqa: E402
 import mani_skill  # noqa: E402
 import torch  # noqa: E402
-import without_vulkan  # noqa: E402
 from mani_skill.envs.tasks.tabletop.push_t import PushTEnv  # noqa: E402
 from mani_skill.utils.structs import Pose  # noqa: E402
 from mani_skill.vector.wrappers.gymnasium import ManiSkillVectorEnv  # noqa: E402
 
-without_vulkan.stub_materials()
 mani_skill.logger.setLevel("ERROR")
 
 import trudi_maniskill  # noqa: E402
+from benchmark import without_vulkan  # noqa: E402
 from benchmark.studies.multimodality import behavior_entropy, push_t, stack_cube  # noqa: E402
 
+without_vulkan.stub_materials()
 trudi_maniskill.leave_table_unpainted()
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASKS = {
     "PushTSymmetric-v1": 35,
     "PushTSymmetricTest-v1": 35,
@@ -492,41 +491,32 @@ def test_episodes_start_alike_and_end_before_the_reset(monkeypatch):
     assert torch.allclose(trace, again, atol=1e-5)
 
 
-def command(*words):
-    words = [sys.executable, ROOT / "tests" / "without_vulkan.py", *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True)
-
-
 def test_trains_and_is_evaluated(tmp_path):
     sizes = (
         "--preset cpu --device cpu --num-envs 2 --num-steps 4 --total-timesteps 8 --num-epochs 1 "
         "--minibatch-size 4 "
         "--hidden-dim 8 --num-diffusion-steps 2 --num-eval-envs 1"
     ).split()
-    script = ROOT / "benchmark" / "multimodality" / "behavior_entropy.py"
     env_id = "benchmark.studies.multimodality:PushTSymmetric-v1"
-    done = command(ROOT / "trudi_maniskill.py", "--env-id", env_id, "--log-dir", tmp_path, *sizes)
-    assert done.returncode == 0, done.stderr
-    (run,) = tmp_path.glob("*PushTSymmetric-v1*")
-    done = command(
-        script, run, "--episodes", 2, "--num-envs", 2, "--device", "cpu", "--output", tmp_path / "found"
-    )
-    assert done.returncode == 0, done.stderr
+    runner = ManiSkillRunner(tmp_path)
+    runner.call("--env-id", env_id, *sizes)
+    (run,) = tmp_path.glob("runs/*PushTSymmetric-v1*")
+
+    def measured(*words, code=0):
+        return call_main(behavior_entropy.main, ["behavior_entropy.py", *words], code)
+
+    out, _ = measured(run, "--episodes", 2, "--num-envs", 2, "--device", "cpu", "--output", tmp_path / "found")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["env_id"] == "benchmark.studies.multimodality:PushTSymmetricTest-v1" and found["horizon"] == 100
     assert found["episodes"] == 2 == found["no_mode"] + sum(found["mode_counts"].values())
     assert 30 < found["return_mean"] <= 105  # of the raw reward: 100 steps near 0.5
-    assert (
-        f"return_mean: {found['return_mean']}" in done.stdout
-        and (tmp_path / "found.png").stat().st_size > 1000
-    )
-    for words, message in (
-        ((run, "--episodes", 3, "--num-envs", 2), "does not divide"),
-        ((tmp_path,), "no run folder"),
-    ):
-        done = command(script, *words)
-        assert (
-            done.returncode == 2
-            and message in done.stderr
-            and len(done.stderr.strip().splitlines()[-1]) < 400
-        )
+    assert f"return_mean: {found['return_mean']}" in out and (tmp_path / "found.png").stat().st_size > 1000
+    _, err = measured(run, "--episodes", 3, "--num-envs", 2, code=2)
+    assert "does not divide" in err and len(err.strip().splitlines()[-1]) < 400
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    command = [sys.executable, "-m", "benchmark.studies.multimodality.behavior_entropy", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "no run folder" in done.stderr
+    assert len(done.stderr.strip().splitlines()[-1]) < 400

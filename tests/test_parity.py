@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import as_torch
 
 import trudi_mjx as mjx
 
@@ -48,25 +49,6 @@ def pair(scale=1.0):
         other.load_state_dict(as_torch(ours[-1]))
         theirs.append(other)
     return args, ours, theirs
-
-
-def as_torch(network):
-    """A network of trudi_mjx.py or of a baseline, or a gradient of it, as PyTorch's state_dict, whose layers are in blocks."""
-    critic = type(network).__name__ == "Critic"
-    found, numbers = {}, {"time_mlp.1": "time_mlp.2"}
-    for i in range(3):
-        numbers |= {f"hidden.{i}": f"blocks.{i}.{int(not critic)}", f"norms.{i}": f"blocks.{i}.{int(critic)}"}
-    for path, x in jax.tree.leaves_with_path(network):
-        *names, last = [
-            str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))))
-            for key in path
-            if str(getattr(key, "key", getattr(key, "name", ""))) != "value"
-        ]
-        last = {"kernel": "weight", "scale": "weight"}.get(last, last)
-        layer = ".".join(names)
-        name = f"{numbers.get(layer, layer)}.{last}".lstrip(".")
-        found[name] = torch.tensor(np.asarray(x).T if x.ndim == 2 else np.asarray(x))
-    return found
 
 
 def batches(seed=0):

@@ -4,7 +4,7 @@ import pathlib
 import tempfile
 
 import gymnasium as gym
-import isaac_standins as usd
+import isaac_assets as usd
 import isaaclab.sim as sim_utils
 import torch
 from isaaclab.actuators import ImplicitActuatorCfg

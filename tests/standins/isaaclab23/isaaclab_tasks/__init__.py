@@ -1,4 +1,4 @@
-"""One task under its name in 2.3: test_isaaclab.py's counters, without observations of how an episode ended."""
+"""One task under its name in 2.3: isaaclab_counters.py's, without observations of how an episode ended."""
 
 import gymnasium as gym
 from isaaclab import write
@@ -10,9 +10,9 @@ class Counting(gym.Env):
     action_space = observation_space = gym.spaces.Box(-1, 1, (1,))
 
     def __init__(self, cfg, render_mode=None):
-        from test_isaaclab import Fake
+        from isaaclab_counters import Counters
         write("make")
-        self.fake = Fake("2.3", ends=[3, 99][:cfg.num_envs])
+        self.fake = Counters("2.3", ends=[3, 99][:cfg.num_envs])
 
     def __getattr__(self, name):
         return getattr(self.__dict__["fake"], name)

@@ -1,9 +1,9 @@
 """Faults that tests must catch: each is put into a copy of a script, and the tests that should fail are run.
 
-    python tests/mutations.py                       # all; about a minute each
-    python tests/mutations.py --only humanoidbench  # those whose script or name has this in it
+    python tests/helpers/mutations.py                       # all; about a minute each
+    python tests/helpers/mutations.py --only humanoidbench  # those whose script or name has this in it
 
-Prints a table and ends with code 1 if a fault survives. tests/test_loop.py holds that each can still be put in.
+Prints a table and ends with code 1 if a fault survives. tests/test_mutations.py holds that each can still be put in.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import tyro
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PARTS = ("*.py", "pyproject.toml", "tests", "benchmark/*.py", "benchmark/baselines")  # what tests of a copy need
 
 
@@ -72,9 +72,9 @@ MJX = [
      "next_inputs = inputs", "test_loop.py::dynamic"),
     ("rewards go on after the end", "total=now.total + jnp.where(now.alive, sim.reward, 0)", "total=now.total + sim.reward",
      "test_loop.py::evaluation_plays"),
-    ("episodes that ended go on", "mask = done.reshape(-1,", "mask = (done & False).reshape(-1,", "test_critic.py::restart"),
+    ("episodes that ended go on", "mask = done.reshape(-1,", "mask = (done & False).reshape(-1,", "test_episodes.py::restart"),
     ("no new starts", "return refill_starts(setup, env_state, ended.any(0), reset_key), data", "return env_state, data",
-     "test_critic.py::fresh_states"),
+     "test_episodes.py::fresh_states"),
     ("statistics take effect at once", "jnp.where(first, new, now), merged", "new, merged", "test_losses.py::move"),
 ]
 GYM = [

@@ -1,6 +1,6 @@
 """Write stand-ins for what Isaac Lab 3.0's velocity and reorientation tasks load, to run these without NVIDIA's asset server.
 
-    python tests/isaac_standins.py assets
+    python tests/standins/isaac_assets.py assets
     ISAACSIM_ASSET_ROOT=assets python trudi_isaaclab.py --env-id Isaac-Velocity-Flat-G1 --preset cpu
 
 Robots are made of boxes. Their links and joints have the right names, so observations and actions have the right sizes; all

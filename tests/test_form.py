@@ -1,4 +1,5 @@
-"""What README and requirements say of the script is so, and the script keeps its form."""
+"""The scripts keep their form: what they require, what --help says, what is repeated, how dense and how long they are."""
+
 
 import ast
 import dataclasses
@@ -6,7 +7,6 @@ import importlib
 import io
 import itertools
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -14,37 +14,8 @@ import tokenize
 import tomllib
 
 import pytest
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(ROOT.glob("trudi_*.py"))
-BASELINES = sorted((ROOT / "benchmark" / "baselines").glob("*.py"))
-NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try)
-
-
-def functions(path):
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-
-
-def depth(node):
-    """The deepest nesting of blocks in a function; functions in it count for themselves."""
-    children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.FunctionDef)]
-    return isinstance(node, NESTING) + max(map(depth, children), default=0)
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_every_equation_of_the_table_is_marked_where_it_says(path):
-    table = dict(re.findall(r"^\| (\d+) \|.*\| `(\w+)` \|$", (ROOT / "README.md").read_text(), re.M))
-    lines = path.read_text().splitlines()
-    marks = {(number, i) for i, line in enumerate(lines, 1) if "#" in line
-             for number in re.findall(r"Eq\. (\d+)", line.split("#", 1)[1])}
-    assert len(table) > 15
-    outer = [node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)]
-    found = {number: node.name for number, i in marks for node in outer if node.lineno <= i <= node.end_lineno}
-    assert found == table
-
-
-def test_readme_has_every_erratum():
-    assert re.findall(r"^\| (E\d+) \|", (ROOT / "README.md").read_text(), re.M) == [f"E{i}" for i in range(1, 20)]
+from form import BASELINES, SCRIPTS, depth, functions
+from runner import ROOT
 
 
 def test_requirements_agree_with_the_scripts():

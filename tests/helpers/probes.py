@@ -1,6 +1,7 @@
 """Stand-ins whose right answers are known: actors with given drifts, environments with given values."""
 
 import dataclasses
+import json
 from collections import namedtuple
 
 import jax
@@ -19,6 +20,14 @@ def small_args(**changes):
     args = trudi.resolve(trudi.Args(**{"preset": "cpu", **sizes, **changes}))
     trudi.check_args(args)
     return args
+
+
+def saved_run(folder):
+    """A run's folder, of which the checkpoint holds something else than a training state."""
+    args = dataclasses.asdict(small_args(total_timesteps=128))
+    (folder / "args.json").write_text(json.dumps({"args": args, "script": "trudi_mjx"}))
+    trudi.save_checkpoint(folder, {"a.b": np.arange(1000.0), "c": np.zeros((20, 30))}, 128, {"wall_time": np.float64(12.5)})
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------------- actors

@@ -3,22 +3,17 @@
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from probes import small_args
+from probes import saved_run
+from runner import PATIENCE, ROOT, call_main
 
 import trudi_mjx as trudi
 
-ROOT = pathlib.Path(trudi.__file__).parent
 SIZES = dict(preset="cpu", num_envs=16, num_steps=8, minibatch_size=64, num_eval_envs=4, total_timesteps=1280)
 POSITIVE = ("num_seeds episode_length num_devices total_timesteps num_envs num_steps num_epochs minibatch_size "
             "max_grad_norm hidden_dim "
@@ -36,14 +31,21 @@ def refusal(stop, error):
     return line
 
 
-def refused(*flags, **environment):
-    """The same of the script, started with these flags; it must not take the time to compile."""
+def refused(*flags):
+    """The same of main, called in this process; it must not come to compiling."""
+    out, error = call_main(trudi.main, ["trudi_mjx.py", *flags], code=2)
+    assert "compiled" not in out
+    return refusal(2, error)
+
+
+def refused_by_a_process(*flags, **environment):
+    """The same of the script, started with these flags, within seconds."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, ROOT / "trudi_mjx.py", *map(str, flags)], capture_output=True, text=True,
                           timeout=120, env={**os.environ, **environment})
     assert "compiled" not in done.stdout
     line = refusal(done.returncode, done.stderr)
-    assert time.perf_counter() - began < 5 * float(os.environ.get("TRUDI_TEST_PATIENCE", "3"))
+    assert time.perf_counter() - began < 5 * PATIENCE
     return line
 
 
@@ -59,7 +61,7 @@ def flag(name):
     dict(v_min=NAN), dict(v_max=float("inf")), dict(target_entropy_scale=NAN), dict(dual_learning_rate=float("inf")),
     dict(ode_score_scale=NAN), dict(seed=2**31),
     dict(num_atoms=1), dict(total_timesteps=100), dict(minibatch_size=96), dict(env_id="Cartpole"),
-    dict(num_devices=2)], ids=str)
+    dict(num_devices=3)], ids=str)
 def test_values(changes, capsys):
     trudi.check_args(trudi.resolve(trudi.Args(**SIZES)))  # fine as it is
     with pytest.raises(SystemExit) as stop:
@@ -80,13 +82,6 @@ def test_what_does_not_go_on_two_devices(changes, capsys, monkeypatch):
     assert any(flag(name) in line for name in changes) or "--num-envs x --num-steps" in line
 
 
-@pytest.mark.parametrize("env_id", ["CartpoleBalence", "cartpolebalance", "CartpoleBalance1"])
-def test_the_nearest_tasks_are_offered(env_id, capsys):
-    with pytest.raises(SystemExit):
-        trudi.resolve(trudi.Args(env_id=env_id))
-    assert "CartpoleBalance" in capsys.readouterr().err.replace(env_id, "")
-
-
 SCRIPTS = [*sorted(ROOT.glob("trudi_*.py")), *sorted(ROOT.glob("benchmark/baselines/*_mjx.py"))]
 
 
@@ -101,27 +96,10 @@ def test_mistyped_words_are_refused_before_slow_imports(script, flags, tmp_path)
     assert flags[-1 if "--env-id" in flags else 0] in done.stderr
 
 
-def test_tasks_are_those_that_are_registered():
-    registry = trudi.import_playground("CartpoleBalance").registry
-    assert set(trudi.installed_tasks()) == set(registry.ALL_ENVS)
-    assert set(trudi.installed_tasks("dm_control_suite")) == set(registry.dm_control_suite.ALL_ENVS)
-
-
 # -------------------------------------------------------------------------------------------------------------- runs
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder, of which the checkpoint holds something else than a training state."""
-    args = dataclasses.asdict(small_args(total_timesteps=128))
-    (tmp_path / "args.json").write_text(json.dumps({"args": args, "script": "trudi_mjx"}))
-    trudi.save_checkpoint(tmp_path, {"a.b": np.arange(1000.0), "c": np.zeros((20, 30))}, 128, {"wall_time": np.float64(12.5)})
-    return tmp_path
-
-
-def test_what_was_saved_is_read(run):
-    saved = trudi.read_checkpoint(str(run))
-    assert saved["wall_time"] == 12.5
-    assert set(saved["state"]) == {"a.b", "c"}
-    np.testing.assert_array_equal(saved["state"]["a.b"], np.arange(1000.0))
+    return saved_run(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"args": {}, "script": "another"}',
@@ -167,21 +145,19 @@ def test_what_a_run_may_change(run, monkeypatch):
 
 def test_a_checkpoint_of_something_else(run):
     """Found out before minutes are spent on compiling for it."""
-    assert "not of this run" in refused("--resume", run, "--compilation-cache-dir", run / "cache")
+    assert "not of this run" in refused("--resume", run)
 
 
-# ------------------------------------------------------------------------------------------------------------ meshes
 def test_missing_meshes(tmp_path):
     """With a stand-in for Playground that cannot clone them, whether or not this machine reaches GitHub."""
     package = tmp_path / "mujoco_playground"
     package.mkdir()
     (package / "__init__.py").write_text("import subprocess\nraise subprocess.CalledProcessError(128, ['git', 'clone'])\n")
-    line = refused("--env-id", "G1JoystickRoughTerrain", "--preset", "cpu", PYTHONPATH=str(tmp_path))
+    line = refused_by_a_process("--env-id", "G1JoystickRoughTerrain", "--preset", "cpu", PYTHONPATH=str(tmp_path))
     assert "git clone https://github.com/google-deepmind/mujoco_menagerie" in line
     assert str(package / "external_deps" / "mujoco_menagerie") in line
 
 
-# ------------------------------------------------------------------------------------------------------ run folders
 def parse(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["trudi_mjx.py", *map(str, flags)])
     return trudi.parse()
@@ -260,73 +236,28 @@ def test_export_without_its_exporter(run, capsys, monkeypatch):
     assert "pip install jax2onnx" in refusal(stop.value.code, capsys.readouterr().err)
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(monkeypatch, tmp_path):
-    monkeypatch.setattr("time.time", lambda: 1000.5)
-    args = small_args(log_dir=str(tmp_path / "runs"))
-    folders = [trudi.run_folder(args) for _ in range(3)]
-    assert [folder.name.rpartition("__")[2] for folder in folders] == ["1000", "1001", "1002"]
-    assert sorted(folders) == sorted((tmp_path / "runs").iterdir())
+# ---------------------------------------------------------------------------------------------------- command lines
+BAD = {
+    "--env-id CartpoleBalanc": "CartpoleBalance,",
+    "--minibatch-size 500": "--minibatch-size 500 does not divide",
+    "--num-envs 0": "--num-envs must be positive",
+    "--num-steps -3": "--num-steps must be positive",
+    "--gamma 1.5": "--gamma must lie in",
+    "--v-min 3 --v-max 2": "--v-min < --v-max",
+    "--total-timesteps 100": "is less than",
+    "--device gpu": "no gpu device",
+    "--num-devices 3 --num-envs 18 --num-steps 32 --minibatch-size 96 --num-eval-envs 3": "JAX finds 2",
+    "--resume nowhere": "no run folder",
+}
 
 
-def test_every_start_of_a_run_is_on_record(tmp_path, monkeypatch):
-    args = small_args()
-    for command in (["a"], ["b", "--resume"], ["c", "--resume"]):
-        monkeypatch.setattr(sys, "argv", command)
-        trudi.open_run(tmp_path, dataclasses.replace(args, total_timesteps=1280 + len(command)))
-    saved = json.loads((tmp_path / "args.json").read_text())
-    starts = [*saved["earlier_starts"], saved]
-    assert [start["command"] for start in starts] == [["a"], ["b", "--resume"], ["c", "--resume"]]
-    assert [start["args"]["total_timesteps"] for start in starts] == [1281, 1282, 1282]
-    assert all("git_commit" in start and "versions" in start for start in starts)
-    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_refused_in_one_line(flags):
+    assert BAD[flags] in refused("--preset", "cpu", *flags.split())
 
 
-def test_a_seeds_folder_that_cannot_be_written_to_names_its_runs_checkpoint(run, monkeypatch, capfd):
-    monkeypatch.setattr("os._exit", sys.exit)
-    monkeypatch.setattr("sys.__stderr__", sys.stderr)
-    with pytest.raises(SystemExit) as stop:
-        trudi.end_unwritten(run / "seed_1", OSError("no space"))
-    line, = capfd.readouterr().err.splitlines()
-    assert stop.value.code == 1 and "(OSError: no space); its last whole checkpoint is of step 128" in line
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_cannot_write_ends_the_run(monkeypatch, tmp_path):
-    """Not one that fails with something else, which Python tells as it does."""
-    ended = []
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(trudi, "end_unwritten", lambda *told: ended.append(told))
-    trudi.open_log(tmp_path, 0)
-    for kind in (OSError, ValueError):
-        def fail(kind=kind):
-            raise kind("no")
-
-        thread = threading.Thread(target=fail)
-        thread.start()
-        thread.join()
-    (folder, error), = ended
-    assert folder == tmp_path and isinstance(error, OSError)
-
-
-def test_a_second_signal_kills_unless_it_is_an_echo(monkeypatch):
-    handlers, killed = {}, []
-    clock = iter([10.0, 12.9, 13.1])
-    monkeypatch.setattr(trudi, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(trudi, "os", SimpleNamespace(kill=lambda pid, number: killed.append(number), getpid=os.getpid))
-    spy = SimpleNamespace(SIGINT=signal.SIGINT, SIGTERM=signal.SIGTERM, SIG_DFL=signal.SIG_DFL, signal=handlers.__setitem__)
-    monkeypatch.setattr(trudi, "signal", spy)
-    received = trudi.catch_signals()
-    for number, expected in ((signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGINT, [signal.SIGINT])):
-        handlers[number](number, None)
-        assert killed == expected
-    assert received[0] == signal.SIGINT and handlers[signal.SIGINT] == signal.SIG_DFL
-
-
-def test_a_checkpoint_of_the_same_step_is_written(tmp_path):
-    """Also one of an earlier step than the last, as where a continued run diverges sooner."""
-    for number, step in enumerate((128, 256, 256, 128)):
-        trudi.save_checkpoint(tmp_path, {"x": np.full(3, number)}, step, {})
-        kept = tmp_path / "checkpoints" / str(step)
-        with trudi.ocp.CheckpointManager(kept.parent) as manager:
-            restored = manager.restore(step, args=trudi.ocp.args.PyTreeRestore())
-        np.testing.assert_array_equal(restored["state"]["x"], number)
+def test_a_process_refuses_within_seconds(run):
+    """What is found out last: no such device, and no checkpoint in a folder with arguments."""
+    assert "no gpu device" in refused_by_a_process("--preset", "cpu", "--device", "gpu")
+    shutil.rmtree(run / "checkpoints" / "128")
+    assert "no readable checkpoint" in refused_by_a_process("--resume", run)

@@ -1,0 +1,99 @@
+"""What trudi_mjx.py watches while it trains: metrics that are not finite, and the actor's contract."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from probes import EndOrTimeOut, lively_actor, setup_for, small_args
+from runner import CLIFF, Runner, curve, metrics
+
+import trudi_mjx as trudi
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    return Runner(tmp_path_factory.mktemp("divergence"))
+
+
+# --------------------------------------------------------------------------------------------------- divergence
+def diverging(**changes):
+    """Setup, a state and metrics of two seeds; the second one has a metric that is not finite."""
+    args = small_args(num_seeds=2)
+    setup = setup_for(EndOrTimeOut(), args, 3)
+    state = jax.jit(jax.vmap(lambda key: trudi.init_state(setup, key)))(jax.random.split(jax.random.PRNGKey(0)))
+    names = ("charts/episodes", "charts/episodic_return", "charts/episodic_length")
+    found = {name: np.ones(2) for name in (*names, "charts/SPS", "losses/critic")}
+    return args, state, found | changes
+
+
+@pytest.mark.parametrize("name", ["losses/critic", "mine/penalty", "critic/target", "eval/episodic_return"])
+def test_any_metric_that_is_not_finite_ends_its_seed(name, tmp_path, capsys):
+    args, state, found = diverging(**{name: np.array([1.0, np.inf])})
+    healthy = trudi.end_diverged(args, state, found, np.ones(2, bool), tmp_path)
+    assert healthy.tolist() == [True, False]
+    error = capsys.readouterr().err
+    assert f"seed {args.seed + 1}: {name} not finite" in error
+    kept = trudi.read_checkpoint(str(tmp_path / f"seed_{args.seed + 1}" / "diverged"))["state"]
+    np.testing.assert_array_equal(kept["key"], state.key[1:])
+    assert not (tmp_path / f"seed_{args.seed}").exists()
+
+
+def test_a_seed_that_has_ended_is_not_looked_at_again(tmp_path):
+    args, state, found = diverging(**{"losses/critic": np.array([1.0, np.nan])})
+    healthy = trudi.end_diverged(args, state, found, np.array([True, False]), tmp_path)
+    assert healthy.tolist() == [True, False] and not list(tmp_path.iterdir())
+
+
+def test_rollouts_without_an_end_have_no_mean_return(tmp_path):
+    missing = {f"charts/{name}": np.array([5.0, np.nan]) for name in ("episodic_return", "episodic_length")}
+    args, state, found = diverging(**missing, **{"charts/episodes": np.array([3.0, 0.0])})
+    assert trudi.end_diverged(args, state, found, np.ones(2, bool), tmp_path).all()
+    assert "charts/episodic_return" not in trudi.metrics_of_seed(found, 1)
+
+
+def test_one_seed_diverges_and_the_other_goes_on(runner):
+    """The second seed's critic is spoilt in the checkpoint; the first one's curve is that of a run without it."""
+    folder = runner.train_here(*CLIFF, "--num-seeds", "2", "--total-timesteps", "1280", "--eval-interval", "5")
+    straight = runner.folder / "straight"
+    shutil.copytree(folder, straight)
+    runner.call("--resume", straight, "--total-timesteps", "2560")
+    saved = trudi.read_checkpoint(str(folder))
+    arrays = saved["state"]
+    name = next(name for name in arrays if name.startswith("learner.critic.") and name.endswith("kernel.value"))
+    arrays[name] = np.array(arrays[name])
+    arrays[name][1] = np.nan
+    shutil.rmtree(folder / "checkpoints")
+    trudi.save_checkpoint(folder, arrays, 1280, {name: saved[name] for name in ("wall_time", "healthy")})
+    _, err = runner.call("--resume", folder, "--total-timesteps", "1920", code=1)
+    assert "seed 2" in err and "losses/critic" in err
+    assert (folder / "seed_2" / "diverged" / "checkpoints" / "1408").is_dir()
+    runner.call("--resume", folder, "--total-timesteps", "2560", code=1)  # and again, with one seed ended before
+    assert curve(folder / "seed_1") == curve(straight / "seed_1")
+    assert [event["step"] for event in metrics(folder / "seed_2")] == [128 * i for i in range(1, 12)]
+
+
+# ------------------------------------------------------------------------------------------- the actor's contract
+def first_iteration(actor=None):
+    """Metrics (1, ...) of a run's first iteration, on observations whose statistics are not those of nothing."""
+    args = small_args(num_diffusion_steps=2)
+    setup = setup_for(EndOrTimeOut(), args, 3)
+    state = jax.jit(lambda key: trudi.init_state(setup, key))(jax.random.PRNGKey(0))
+    if actor:
+        learner = state.learner._replace(actor=actor(args))
+        state = state._replace(learner=learner)
+    _, found = jax.jit(lambda state: trudi.iterate(setup, state))(state)
+    return {name: np.asarray(x)[None] for name, x in found.items()}
+
+
+def test_an_output_layer_that_starts_at_zero_is_what_it_takes():
+    found = first_iteration()
+    assert abs(found["trust_region/initial_kl"][0]) < 1e-6
+    trudi.check_contract(found)
+
+
+def test_another_output_layer_ends_the_first_iteration():
+    found = first_iteration(lambda args: lively_actor(args, 1, 1, seed=1))
+    with pytest.raises(SystemExit) as stop:
+        trudi.check_contract(found)
+    assert "output layer has to start at zero" in stop.value.code
