@@ -42,9 +42,10 @@ plt.rcParams.update(
 
 
 def save(figure: Figure, table: pd.DataFrame, path: pathlib.Path) -> None:
-    """Write a figure as PNG and PDF and its numbers as CSV; a path without suffix."""
-    for suffix in ("png", "pdf"):
-        figure.savefig(f"{path}.{suffix}", dpi=150)
+    """Write a figure as PNG and PDF and its numbers as CSV; a path without suffix. The same numbers make the
+    same files."""
+    figure.savefig(f"{path}.png", dpi=150)
+    figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
     plt.close(figure)
     table.to_csv(f"{path}.csv", index=False, float_format="%.6g")
 

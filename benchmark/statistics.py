@@ -6,7 +6,6 @@ Scores are arrays (R, T) or, along curves, (R, T, S): R runs of each of T tasks 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.stats
 from rliable import library
 
 REPETITIONS = 2000  # of the bootstrap
@@ -16,8 +15,9 @@ NO_INTERVAL = np.full(2, np.nan)
 def iqm(scores: np.ndarray) -> np.ndarray:
     """Interquartile mean over runs and tasks, (1,) of scores (R, T) or (S,) of (R, T, S): the mean of what lies
     between the quartiles. rliable's aggregate_iqm, at all points at once."""
-    points = scores.reshape(scores.shape[0] * scores.shape[1], -1)
-    return scipy.stats.trim_mean(points, 0.25, axis=0)
+    points = np.sort(scores.reshape(scores.shape[0] * scores.shape[1], -1), axis=0)
+    quarter = len(points) // 4
+    return points[quarter : len(points) - quarter].mean(0)
 
 
 def profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
