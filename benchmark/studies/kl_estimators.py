@@ -41,11 +41,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 import trudi_mjx as trudi
+from benchmark import figures
 from benchmark.markdown import markdown_table
 from benchmark.measurements import RESULTS, cpu_name, measure, write_json
 
 KINDS = {"closed": "fresh chains, closed form", "ratio": "fresh chains, log-ratios"}
-COLOURS = {"stored": "#c44e52", "closed": "#2a6f97", "ratio": "#8a8a8a"}
+COLOURS = {"stored": figures.COLOURS[1], "closed": figures.COLOURS[0], "ratio": figures.COLOURS[2]}
 STATES = 2048  # states of the rollout that are looked at, at most all
 GROUPS = 4  # independent repetitions of the largest K; smaller ones have more
 

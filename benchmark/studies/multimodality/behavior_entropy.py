@@ -16,16 +16,13 @@ import pathlib
 import sys
 from typing import Any, Literal
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import tyro
 from torch import Tensor
 
 import trudi_maniskill as trudi
 from benchmark.studies.multimodality import push_t, stack_cube
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 # modes 0 and 1 of D.3
 MODES = {"PushT": ("counter-clockwise", "clockwise"), "StackCube": ("blue on red", "red on blue")}

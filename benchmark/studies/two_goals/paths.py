@@ -22,19 +22,16 @@ import pathlib
 from typing import Any
 
 import jax
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
 
+from benchmark.figures import COLOURS
 from benchmark.markdown import markdown_table
 from benchmark.measurements import RESULTS, write_json
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 FOUND = 0.2  # distance from a goal
-COLOURS = ("#2a6f97", "#e09f3e", "#4c956c", "#6d597a")  # of seeds
 
 
 @dataclasses.dataclass(frozen=True)
