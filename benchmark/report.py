@@ -464,19 +464,35 @@ def write_ablations(page: Page, log: pd.DataFrame, seeds: pd.DataFrame, metric: 
     variant = seeds.group.str.extract(VARIANT).dropna()
     families = seeds.join(variant, how="inner").groupby(["base", "kind", "suite"], sort=False)
     for key, own in families:
+        own = with_default(own, seeds, key)
         own_log = log[(log.suite == key[2]) & log.group.isin(own.group) & (log.state == "finished")]
         write_ablation(page, key, own, scaled(own_log), label_of(metric))
     if not len(families):
         page.text("No runs of an ablation of ε or of denoising steps.")
 
 
+def with_default(own: pd.DataFrame, seeds: pd.DataFrame, key: tuple[str, str, str]) -> pd.DataFrame:
+    """The runs of an ablation and, if none of its own has it, those of the sweep, which have the default value."""
+    base, kind, suite = key
+    sweep = seeds[(seeds.group == base) & (seeds.suite == suite) & seeds.task.isin(own.task)]
+    sweep = sweep[sweep[kind].notna()]
+    sweep = sweep.assign(value=sweep[kind].map("{:g}".format))
+    sweep = sweep[~sweep.value.astype(float).isin(own.value.astype(float))]
+    both = pd.concat([own, sweep]) if len(sweep) else own
+    return both.sort_values("value", key=lambda value: value.astype(float), kind="stable")
+
+
 def write_ablation(
     page: Page, key: tuple[str, str, str], seeds: pd.DataFrame, log: pd.DataFrame, ylabel: str
 ) -> None:
-    """One ablation: a table and a figure (Figures 5, 6) over tasks of which all values have finished runs."""
+    """One ablation: a table and a figure (Figures 5, 6) over tasks of which all values have finished runs, as far
+    as the shortest of these went."""
     base, kind, suite = key
     title = f"{base}, {kind}, {title_of(suite)}"
+    axis = "step" if limit_of(base) is None else "hours"
     done = seeds[seeds.state == "finished"]
+    if axis == "step":
+        log = log[log.step <= log.groupby(["task", *RUN]).step.max().min()]
     without = [value for value in dict.fromkeys(seeds.value) if value not in set(done.value)]
     note = f"; without a finished run: {', '.join(without)}" if without else ""
     panel = panel_of(log, done, title, normalized=False)
@@ -494,7 +510,6 @@ def write_ablation(
         ],
     )
     over = ", ".join(panel.tasks) if len(panel.tasks) < 3 else f"{len(panel.tasks)} tasks"
-    axis = "step" if limit_of(base) is None else "hours"
     logs = {value: panel.log_of(group) for value, group in zip(values, panel.groups, strict=True)}
     drawn = figures.ablation_figure(logs, panel.tasks, finals, f"{kind}: {over}", SHOWN[kind], ylabel, axis)
     return page.figure(f"ablation_{base}_{kind}_{suite}", f"{title}: {', '.join(panel.tasks)}{note}", drawn)

@@ -210,8 +210,10 @@ def seed_table(run: Run, seed: int, path: pathlib.Path) -> pd.DataFrame:
         device=run.device,
         paper_sizes=run.paper_sizes,
         experiment=run.experiment,
+        epsilon=run.args.get("trust_region_bound"),
+        denoising=run.args.get("num_diffusion_steps"),
     )
-    return table.assign(**labels, hours=hours)
+    return table.assign(**labels, hours=hours).dropna(axis="columns", how="all")
 
 
 def read_table(sources: Iterable[str | pathlib.Path], group_by: str = "exp_name") -> pd.DataFrame:
@@ -276,8 +278,10 @@ def each_seed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
         "algorithm",
         "experiment",
         "paper_sizes",
+        "epsilon",
+        "denoising",
     ]
-    return last[columns]
+    return last.reindex(columns=columns)
 
 
 def evaluations(table: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import stat
@@ -292,7 +293,24 @@ def test_ablations_are_sweeps(fake):
     assert {r.args["trust_region_bound"] for r in find_runs([fake / "runs"])} == {0.01, 50.0}
     everything = [launch.plan(launch.Options(ablation=name, seeds=1)) for name in launch.ABLATIONS]
     assert [len(x) for x in everything] == [6 * 9, 4 * 8, 4 * 5]
-    assert {u.flags for u in everything[2]} == {("--num-diffusion-steps", n) for n in ("1", "4", "8", "16", "32")}
+    assert {u.flags for u in everything[2]} == {(), *(("--num-diffusion-steps", n) for n in ("1", "4", "16", "32"))}
+
+
+def test_default_of_an_ablation_is_the_sweep(fake):
+    """Its runs are taken, also if they are longer; without a sweep they are made, under its name."""
+    for name, default in (("epsilon", "0.1"), ("denoising", "8")):
+        assert launch.ABLATIONS[name].default == default
+        for script in sorted(ROOT.glob("trudi_*.py")):
+            field = launch.ABLATIONS[name].flag.removeprefix("--").replace("-", "_")
+            assert re.search(rf"^    {field}: \w+ = {default}$", script.read_text(), re.M), script.name
+    assert go(fake, units(fake, tasks=("CheetahRun",), flags="--total-timesteps 70")) == 0
+    chosen = dict(ablation="epsilon", values=("0.1", "5"), seeds=3, tasks=("CheetahRun",))
+    planned = units(fake, **chosen)
+    assert [u.exp_name for u in planned] == 3 * ["trudi", "trudi-epsilon-5"]
+    assert kinds(fake, planned) == ["finished", "waiting"] * 2 + ["waiting"] * 2
+    assert go(fake, planned) == 0
+    assert {(r.args["exp_name"], r.args["seed"]): r.last()["step"] for r in find_runs([fake / "runs"])} == {
+        ("trudi", 1): 70, ("trudi", 2): 70, ("trudi", 3): 50, **{("trudi-epsilon-5", seed): 50 for seed in (1, 2, 3)}}
 
 
 def test_evaluations_of_finished_runs(fake, monkeypatch, capsys):

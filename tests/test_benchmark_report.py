@@ -330,6 +330,22 @@ def test_ablations_share_their_default(report, tmp_path):
     assert "s-epsilon-0.1, MuJoCo Playground, DeepMind Control, the same runs as s-denoising-8's" in page
 
 
+def test_default_of_an_ablation_is_read_from_the_sweep(report, tmp_path):
+    """Until the step at which the others end; not where the ablation has runs of its own with that value."""
+    root, out = tmp_path / "runs", tmp_path / "out"
+    write_run(root, "CheetahRun", 1, [0, 10, 70.0], exp_name="s", trust_region_bound=0.1, num_diffusion_steps=8)
+    write_run(root, "WalkerWalk", 1, [0, 500.0], exp_name="s", trust_region_bound=0.1, num_diffusion_steps=8)
+    for value in (0.05, 5):
+        name = f"s-epsilon-{value:g}"
+        write_run(root, "CheetahRun", 1, [0, 100 * value], exp_name=name, trust_region_bound=value, num_diffusion_steps=8)
+    report(root, out=out)
+    rows = table(out / "ablation_s_epsilon_dmc.csv")
+    assert rows.groupby("value").iqm.last().to_dict() == {0.05: 5, 0.1: 10, 5: 500} and rows.environment_steps.max() == 200
+    write_run(root, "CheetahRun", 1, [0, 11.0], exp_name="s-epsilon-0.1", trust_region_bound=0.1, num_diffusion_steps=8)
+    report(root, out=out)
+    assert table(out / "ablation_s_epsilon_dmc.csv").groupby("value").iqm.last().to_dict() == {0.05: 5, 0.1: 11, 5: 500}
+
+
 def test_page_of_the_sweep_has_every_experiment_once():
     page = plain((ROOT / "benchmark/results/sweep/README.md").read_text()).partition("## Tasks")[0]
     rows = re.findall(r"^\| MuJoCo Playground, DeepMind Control \| ([\w.-]+) \|", page, re.M)

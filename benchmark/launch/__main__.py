@@ -36,16 +36,19 @@ class Ablation:
     suite: str  # the paper's
     values: tuple[str, ...]
     flag: str | None = None  # that takes the value; None for evaluations, each of which has flags of its own
+    default: str | None = None  # the scripts' value, which the sweep's own runs have
 
 
 N_STEPS = ("1", "4", "8", "16", "32")
 ABLATIONS = {
     # Figure 6, left
-    "epsilon": Ablation("isaaclab", tuple("0.01 0.05 0.1 0.2 0.4 1 5 10 50".split()), "--trust-region-bound"),
+    "epsilon": Ablation(
+        "isaaclab", tuple("0.01 0.05 0.1 0.2 0.4 1 5 10 50".split()), "--trust-region-bound", "0.1"
+    ),
     "evaluation": Ablation(
         "humanoid", tuple("sde ode-0.5 ode-0.75 ode-1 ode-1.25 ode-1.5 best-of-10 best-of-20".split())
     ),
-    "denoising": Ablation("humanoid", N_STEPS, "--num-diffusion-steps"),
+    "denoising": Ablation("humanoid", N_STEPS, "--num-diffusion-steps", "8"),
 }  # Figure 5, right
 
 
@@ -128,7 +131,8 @@ def evaluation_flags(value: str) -> tuple[str, ...]:
 
 
 def variants(options: Options) -> list[dict]:
-    """What an ablation changes in every unit: one set of Unit's fields for each value."""
+    """What an ablation changes in every unit: one set of Unit's fields for each value. Of the default value the
+    sweep's own runs are taken, or made."""
     flags, sweep = tuple(shlex.split(options.flags)), sweep_name(options)
     if not options.ablation:
         return [dict(exp_name=sweep, flags=flags)]
@@ -143,7 +147,10 @@ def variants(options: Options) -> list[dict]:
         if not value.replace(".", "", 1).isdigit():
             fail(f"--values of --ablation {kind} are numbers, not {value}")
     return [
-        dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value)) for value in values
+        dict(exp_name=sweep, flags=flags)
+        if float(value) == float(ablation.default)
+        else dict(exp_name=f"{sweep}-{kind}-{value}", flags=(*flags, ablation.flag, value))
+        for value in values
     ]
 
 
