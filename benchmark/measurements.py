@@ -1,5 +1,6 @@
 """What all measurements share: timing, and what a results file says of how it came about."""
 
+import itertools
 import json
 import pathlib
 import platform
@@ -78,3 +79,16 @@ def measure(program: Callable, arguments: tuple, repeats: int) -> list[float]:
         jax.block_until_ready(program(*arguments))
         seconds.append(time.perf_counter() - began)
     return seconds
+
+
+def measure_in_turn(
+    calls: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every call in each of several rounds, so that a disturbance of the machine meets all of them; the
+    rounds in which they compile are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(warm_up + repeats), calls.items()):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds[name].append(time.perf_counter() - began)
+    return {name: times[warm_up:] for name, times in seconds.items()}

@@ -8,9 +8,11 @@ Results go to benchmark/results/action_time.json and .md.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import tempfile
 import time
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,17 +63,22 @@ def time_calls(path: pathlib.Path, noise_shape: list[int], options: Options) -> 
     return np.array(found[options.calls // 10 :])
 
 
+def time_policy(options: Options, steps: int, mode: str) -> dict[str, Any]:
+    """A row of the results: an exported policy's median and 99th percentile."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "policy.onnx")
+        times = time_calls(path, export(options, mode, steps, path), options)
+    median, slow = (float(np.percentile(times, q)) for q in (50, 99))
+    return {"steps": steps, "mode": mode, "median_ms": median, "percentile_99_ms": slow}
+
+
 def main() -> None:
     """Export, time, and write the table."""
     options = tyro.cli(Options)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "policy.onnx")
-        for steps in options.num_diffusion_steps:
-            for mode in ("ode", "sde"):
-                times = time_calls(path, export(options, mode, steps, path), options)
-                median, slow = (float(np.percentile(times, q)) for q in (50, 99))
-                rows.append({"steps": steps, "mode": mode, "median_ms": median, "percentile_99_ms": slow})
+    rows = [
+        time_policy(options, steps, mode)
+        for steps, mode in itertools.product(options.num_diffusion_steps, ("ode", "sde"))
+    ]
     shown = {name: value for name, value in vars(options).items() if name != "output"}
     output = pathlib.Path(options.output)
     write_json(output.with_suffix(".json"), {"options": shown, "rows": rows})

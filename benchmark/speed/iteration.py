@@ -28,7 +28,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -41,7 +40,7 @@ import tyro
 import trudi_mjx as trudi
 from benchmark.baselines import reppo_mjx as reppo
 from benchmark.markdown import markdown_table
-from benchmark.measurements import RESULTS, cpu_name, write_json
+from benchmark.measurements import RESULTS, cpu_name, measure_in_turn, write_json
 from benchmark.speed.flags import Sizes, shown_args
 from benchmark.speed.rollout_and_update import simulate
 
@@ -197,18 +196,6 @@ def traced_without(way: str, setup: Any) -> Callable:
     return jax.jit(run)
 
 
-def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every call in each of several rounds, after one in which they compile."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(repeats + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def check_equal(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """How far the loss is from that of `as it is`, relatively; ends with an error if a way matters that
     should not."""
@@ -261,7 +248,7 @@ def main() -> None:
     found = {}
     for width in options.hidden_dims:
         calls = parts_of("TruDi", trudi, options, width) | parts_of("REPPO", reppo, options, width)
-        seconds = timed(calls, options.repeats)
+        seconds = measure_in_turn(calls, options.repeats)
         found[width] = {"seconds": seconds, "loss_differences": check_equal(calls)}
         print(report(width, seconds, where), flush=True)
     kind = re.sub(r"\W+", "_", device.device_kind.lower())

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -23,7 +22,7 @@ import tyro
 import trudi_maniskill
 import trudi_mjx as trudi
 from benchmark.markdown import markdown_table
-from benchmark.measurements import RESULTS, cpu_name, provenance
+from benchmark.measurements import RESULTS, cpu_name, measure_in_turn, provenance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +84,8 @@ def torch_update(options: Options, args: trudi_maniskill.Args, data: list[np.nda
     return call
 
 
-def main() -> None:
-    """Time the two in turn; print a table, write JSON."""
-    options = tyro.cli(Options)
+def make_calls(options: Options) -> dict[str, Callable[[], None]]:
+    """Both scripts' updates on the same random data."""
     sizes = dict(
         preset="cpu",
         hidden_dim=options.hidden_dim,
@@ -99,48 +97,40 @@ def main() -> None:
         v_min=-15.0,
         v_max=15.0,
     )
-    rng, size = np.random.default_rng(0), sizes["total_timesteps"]
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    shape = (size, trudi.Args.num_diffusion_steps, options.action_size)
-    data = [
-        rng.normal(size=s).astype(np.float32)
-        for s in ((size, options.observation_size), (size, options.action_size), shape, shape, (size,))
-    ]
+    size = sizes["total_timesteps"]
+    chain = (size, trudi.Args.num_diffusion_steps, options.action_size)
+    shapes = ((size, options.observation_size), (size, options.action_size), chain, chain, (size,))
+    rng = np.random.default_rng(0)
+    data = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     torch_args = trudi_maniskill.Args(**sizes, compile=options.compile)
-    calls = {
+    return {
         "JAX": jax_update(options, trudi.resolve(trudi.Args(**sizes)), data),
         "PyTorch": torch_update(options, trudi_maniskill.resolve(torch_args), data),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(options.repeats + 2):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if repeat > 1:  # the first ones compile, or capture a graph
-                seconds[name].append((time.perf_counter() - began) / options.num_minibatches)
+
+
+def main() -> None:
+    """Time the two in turn; print a table, write JSON."""
+    options = tyro.cli(Options)
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    # the first ones compile, or capture a graph
+    rounds = measure_in_turn(make_calls(options), options.repeats, warm_up=2)
+    seconds = {name: [x / options.num_minibatches for x in times] for name, times in rounds.items()}
     ratios = [b / a for a, b in zip(seconds["JAX"], seconds["PyTorch"], strict=True)]
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else cpu_name()
-    columns = {f"{name}, ms": [1e3 * x for x in values] for name, values in seconds.items()} | {
-        "PyTorch / JAX": ratios
-    }
+    columns = {f"{name}, ms": [1e3 * x for x in times] for name, times in seconds.items()}
     rows = [
-        [name, f"{statistics.median(x):.2f}", f"{min(x):.2f} to {max(x):.2f}"] for name, x in columns.items()
+        [name, f"{statistics.median(x):.2f}", f"{min(x):.2f} to {max(x):.2f}"]
+        for name, x in (columns | {"PyTorch / JAX": ratios}).items()
     ]
     title = f"minibatch of {options.minibatch_size}, width {options.hidden_dim}, {device}"
     print(markdown_table([title, "median", "range"], rows))
     path = RESULTS / f"update_time_{'gpu' if gpu else 'cpu'}.json"
     found = json.loads(path.read_text()) if path.exists() else []
-    found.append(
-        {
-            "provenance": provenance(),
-            "options": vars(options),
-            "seconds": seconds,
-            "ratio": statistics.median(ratios),
-        }
-    )
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    row = {"options": vars(options), "seconds": seconds, "ratio": statistics.median(ratios)}
+    path.write_text(json.dumps([*found, {"provenance": provenance(), **row}], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -88,16 +88,19 @@ def time_mj_step(setup: trudi.Setup, states: dict[str, np.ndarray], repeats: int
     for _ in range(repeats):
         seconds = 0.0
         for i in range(count):
-            for name, x in flat.items():
-                if name == "time":
-                    data.time = x[i]
-                else:
-                    getattr(data, name)[:] = x[i]
+            put(data, {name: x[i] for name, x in flat.items()})
             began = time.perf_counter()
             mujoco.mj_step(model, data, setup.env.n_substeps)
             seconds += time.perf_counter() - began
         rates.append(count / seconds)
     return float(np.median(rates))
+
+
+def put(data: mujoco.MjData, state: dict[str, np.ndarray]) -> None:
+    """Write a state into MuJoCo's."""
+    data.time = state["time"]
+    for name in state.keys() - {"time"}:
+        getattr(data, name)[:] = state[name]
 
 
 def time_engine(setup: trudi.Setup, states: dict[str, np.ndarray], threads: int, repeats: int) -> float:

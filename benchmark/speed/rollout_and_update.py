@@ -63,8 +63,25 @@ def logged(folder: pathlib.Path) -> bool:
     return any(path.stat().st_size for path in folder.rglob("metrics.jsonl"))
 
 
+def seconds_to_log(
+    command: list[str], environment: dict[str, str], folder: str, output: pathlib.Path
+) -> float:
+    """Seconds until a process logs its first iteration in a folder, or ends; it is then killed."""
+    began = time.perf_counter()
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
+        )
+    while process.poll() is None and not logged(pathlib.Path(folder)):
+        time.sleep(0.02)
+    seconds = time.perf_counter() - began
+    process.kill()
+    process.wait()
+    return seconds
+
+
 def measure_start(args: trudi.Args, cache: pathlib.Path) -> dict[str, float]:
-    """Seconds until a process logs its first iteration, and those of compiling; it is then killed."""
+    """Seconds until a process logs its first iteration, and those of compiling."""
     with tempfile.TemporaryDirectory() as folder:
         args = dataclasses.replace(args, log_dir=folder, compilation_cache_dir=str(cache / "jax"))
         command = training_command(args)
@@ -72,16 +89,8 @@ def measure_start(args: trudi.Args, cache: pathlib.Path) -> dict[str, float]:
             name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
         }
         environment |= {"WARP_CACHE_PATH": str(cache / "warp"), "CUDA_CACHE_PATH": str(cache / "cuda")}
-        output, began = pathlib.Path(folder, "output.txt"), time.perf_counter()
-        with output.open("w") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder
-            )
-            while process.poll() is None and not logged(pathlib.Path(folder)):
-                time.sleep(0.02)
-            seconds = time.perf_counter() - began
-            process.kill()
-            process.wait()
+        output = pathlib.Path(folder, "output.txt")
+        seconds = seconds_to_log(command, environment, folder, output)
         compiled = re.search(r"compiled in ([\d.]+) s", output.read_text())
         if not logged(pathlib.Path(folder)):
             sys.exit(f"{' '.join(command)} did not get to its first iteration:\n{output.read_text()[-2000:]}")

@@ -16,6 +16,7 @@ task does not pass.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from typing import Any
@@ -84,10 +85,10 @@ def compare_steps(env_id: str, num_envs: int, solver: dict[str, int]) -> dict[st
         beside = step_mujoco(beside, action)
         sim = step_mujoco(sim, action)
         truth = step_other(truth, action)
-        for name, mine in (("one step", beside), ("50 steps", sim)):
-            for what in ("obs", "reward"):
-                new = difference(getattr(mine, what), getattr(truth, what))
-                found[f"{name}, {what}"] = max(new, found.get(f"{name}, {what}", 0.0))
+        both = itertools.product((("one step", beside), ("50 steps", sim)), ("obs", "reward"))
+        for (name, mine), what in both:
+            new = difference(getattr(mine, what), getattr(truth, what))
+            found[f"{name}, {what}"] = max(new, found.get(f"{name}, {what}", 0.0))
     return found
 
 
@@ -152,11 +153,9 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         row = [result["task"]]
-        for kind in ("as it is", "converged"):
-            found = result.get(kind, {})
-            for name in ("one step", "50 steps"):
-                both = [found.get(f"{name}, {what}") for what in ("obs", "reward")]
-                row.append("" if both[0] is None else " / ".join(f"{x:.0e}" for x in both))
+        for kind, name in itertools.product(("as it is", "converged"), ("one step", "50 steps")):
+            both = [result.get(kind, {}).get(f"{name}, {what}") for what in ("obs", "reward")]
+            row.append("" if both[0] is None else " / ".join(f"{x:.0e}" for x in both))
         for name in ("return", "length"):
             both = [result.get("episodes", {}).get(f"{name}, {impl}") for impl in ("mujoco", "jax")]
             row.append("" if both[0] is None else " and ".join(f"{x:.2f} ± {e:.2f}" for x, e in both))

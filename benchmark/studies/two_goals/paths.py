@@ -162,6 +162,17 @@ def as_markdown(table: pd.DataFrame) -> str:
     return markdown_table(header, rows)
 
 
+def draw_paths(panel: plt.Axes, seeds: list[dict[str, np.ndarray]], way: str) -> None:
+    """The paths of one way of acting, a colour for each seed, and the goals."""
+    panel.axis("on")
+    for found, colour in zip(seeds, itertools.cycle(COLOURS), strict=False):
+        centre = np.zeros((1, *found[way].shape[1:]))
+        across, up = np.concatenate([centre, found[way]]).transpose(2, 0, 1)
+        panel.plot(across, up, color=colour, alpha=0.15, linewidth=0.6)
+    panel.plot(*seeds[0]["goals"].T, "o", color="black")
+    panel.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect="equal")
+
+
 def draw(
     table: pd.DataFrame, paths: dict[tuple[str, str], list[dict[str, np.ndarray]]], path: pathlib.Path
 ) -> None:
@@ -176,13 +187,7 @@ def draw(
         first = most * tasks.index(task)
         for row, way in enumerate(name for name in seeds[0] if name != "goals"):
             panel = axes[first + row, algorithms.index(algorithm)]
-            panel.axis("on")
-            for found, colour in zip(seeds, itertools.cycle(COLOURS), strict=False):
-                centre = np.zeros((1, *found[way].shape[1:]))
-                across, up = np.concatenate([centre, found[way]]).transpose(2, 0, 1)
-                panel.plot(across, up, color=colour, alpha=0.15, linewidth=0.6)
-            panel.plot(*seeds[0]["goals"].T, "o", color="#c44e52")
-            panel.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[], yticks=[], aspect="equal")
+            draw_paths(panel, seeds, way)
             panel.set_title(f"{task}: {algorithm}\n{way}", fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
