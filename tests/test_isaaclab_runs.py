@@ -9,13 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from copies import load
-from runner import (
-    ROOT,
-    STANDINS,
-    IsaacLabRunner,
-    curve,
-    metrics,
-)
+from runner import ROOT, STANDINS, IsaacLabRunner, curve, metrics
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("mjlab")
