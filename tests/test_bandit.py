@@ -29,7 +29,8 @@ def critic(observation, action):
 def trainer(args, graph):
     """Of actors' parameters and duals, at the learning rates of both: ITERATIONS of a rollout and minibatch steps, as `iterate`
     has them. Gives parameters and duals at the end, and KLs."""
-    return jax.jit(lambda *start: train(args, graph, *start))
+    faster = {"xla_backend_optimization_level": 1}  # as it runs for longer than it is compiled
+    return jax.jit(lambda *start: train(args, graph, *start), compiler_options=faster)
 
 
 def train(args, graph, params, duals, rates):

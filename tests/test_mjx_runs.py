@@ -17,7 +17,7 @@ from runner import CLIFF, ROOT, SMALL, Runner, assert_close, curve, meshes, metr
 
 import trudi_mjx as trudi
 
-PENDULUM = ("--env-id", "PendulumSwingup")
+PENDULUM = ("--env-id", "PendulumSwingup", "--episode-length", "100")
 
 
 @pytest.fixture(scope="module")
