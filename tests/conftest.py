@@ -12,8 +12,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_for
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait for each other, there being two processes
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
 # Files that take over a minute, the longest first: begun last, one of them would keep one process waiting for the other.
-LONG = """loop isaaclab_3 isaaclab_runs mjx_runs baselines_runs baselines_losses humanoidbench_runs mujoco maniskill_tasks
-maniskill_runs maniskill workers baselines_pytorch_runs humanoidbench baselines_parity benchmark""".split()
+LONG = """loop mjx_runs isaaclab_3 baselines_runs humanoidbench_runs mujoco isaaclab_runs benchmark divergence baselines_losses
+losses mjx_tasks baselines_pytorch_runs maniskill_runs chain workers baselines_parity bandit export""".split()
 
 
 def pytest_configure(config):
