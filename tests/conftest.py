@@ -11,6 +11,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait for each other, there being two processes
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
+# Files that take over a minute, the longest first: begun last, one of them would keep one process waiting for the other.
+LONG = """loop mjx_runs isaaclab_3 baselines_runs humanoidbench_runs mujoco isaaclab_runs benchmark divergence baselines_losses
+losses mjx_tasks baselines_pytorch_runs maniskill_runs chain workers baselines_parity bandit export""".split()
 
 
 def pytest_configure(config):
@@ -24,6 +27,11 @@ def pytest_unconfigure(config):
     if hasattr(config, "compiled"):
         shutil.rmtree(config.compiled, ignore_errors=True)
         del os.environ[COMPILED]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture

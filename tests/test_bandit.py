@@ -26,9 +26,15 @@ def critic(observation, action):
     return jnp.stack([jnp.zeros_like(p), jnp.log(p / (1 - p))], -1)
 
 
-def train(args, actor, duals):
-    """Iterations of a rollout and minibatch steps of actor and duals, as `iterate` has them; actor's and duals' end, KLs."""
-    graph, params = trudi.nnx.split(actor)
+def trainer(args, graph):
+    """Of actors' parameters and duals, at the learning rates of both: ITERATIONS of a rollout and minibatch steps, as `iterate`
+    has them. Gives parameters and duals at the end, and KLs."""
+    faster = {"xla_backend_optimization_level": 1}  # as it runs for longer than it is compiled
+    return jax.jit(lambda *start: train(args, graph, *start), compiler_options=faster)
+
+
+def train(args, graph, params, duals, rates):
+    args = dataclasses.replace(args, actor_learning_rate=rates[0], dual_learning_rate=rates[1])
     actor_opt, _, dual_opt = trudi.make_optimizers(args)
     seen, shape = jnp.zeros((STATES, 1)), (args.num_diffusion_steps + 1, STATES, 1)
 
@@ -51,21 +57,21 @@ def train(args, actor, duals):
         return jax.lax.scan(step, carry, keys[1:])
 
     start = (params, duals, actor_opt.init(params), dual_opt.init(duals))
-    (params, duals, *_), kl = jax.jit(lambda keys: jax.lax.scan(iteration, start, keys))(
-        jax.random.split(jax.random.PRNGKey(0), ITERATIONS))
-    return trudi.nnx.merge(graph, params), duals, kl
+    (params, duals, *_), kl = jax.lax.scan(iteration, start, jax.random.split(jax.random.PRNGKey(0), ITERATIONS))
+    return params, duals, kl
 
 
 @pytest.fixture(scope="module")
 def trained():
-    args = small_args(num_atoms=2, v_min=-10.0, v_max=10.0, hidden_dim=32, actor_learning_rate=1.5e-3, dual_learning_rate=3e-3,
+    args = small_args(num_atoms=2, v_min=-10.0, v_max=10.0, hidden_dim=32,
                       target_entropy_scale=0.665, num_steps=STATES // 16, minibatch_size=STATES, num_epochs=MINIBATCHES,
                       total_timesteps=STATES * ITERATIONS)
     duals = {name: jnp.log(trudi.INITIAL_DUAL) for name in ("log_alpha", "log_lambda")}
-    actor, duals, first = train(args, trudi.Actor(args, 1, 1, trudi.nnx.Rngs(1)), duals)
-    settling = dataclasses.replace(args, actor_learning_rate=3e-4, dual_learning_rate=1e-3)
-    actor, duals, last = train(settling, actor, duals)
-    return actor, duals, np.concatenate([first, last])
+    graph, params = trudi.nnx.split(trudi.Actor(args, 1, 1, trudi.nnx.Rngs(1)))
+    learn = trainer(args, graph)
+    params, duals, first = learn(params, duals, jnp.array([1.5e-3, 3e-3]))
+    params, duals, last = learn(params, duals, jnp.array([3e-4, 1e-3]))  # to settle
+    return trudi.nnx.merge(graph, params), duals, np.concatenate([first, last])
 
 
 def shares(u):

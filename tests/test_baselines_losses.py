@@ -269,19 +269,23 @@ def test_dime_has_trudis_loss_without_its_trust_region():
         p = 0.5 + 0.1 * action.sum(-1)
         return jnp.stack([jnp.zeros_like(p), jnp.log(p / (1 - p))], -1)
 
+    @jax.jit
+    @jax.value_and_grad
     def trudis(params, bound):
         batch = trudi_mjx.Batch(seen, seen, None, chain.trajectory, None)
         bounded = dataclasses.replace(args, trust_region_bound=bound)
         actor = trudi_mjx.nnx.merge(graph, params)
         return trudi_mjx.actor_loss(actor, bounded, old, critic, duals, batch, noise)[0]
 
+    @jax.jit
+    @jax.value_and_grad
     def dimes(params):
         batch = dime.Batch(seen, seen, None, None)
         own = args_of(dime, num_diffusion_steps=2, num_atoms=2, v_min=-10.0, v_max=10.0)
         return dime.actor_loss(trudi_mjx.nnx.merge(graph, params), own, critic, {"log_alpha": jnp.log(0.3)}, batch, noise)[0]
 
-    value, gradient = jax.value_and_grad(dimes)(params)
-    free, violated = (jax.value_and_grad(trudis)(params, bound) for bound in (np.inf, 0.0))
+    value, gradient = dimes(params)
+    free, violated = (trudis(params, bound) for bound in (np.inf, 0.0))
     assert value == free[0] != violated[0]
     for own, same, other in zip(*map(jax.tree.leaves, (gradient, free[1], violated[1])), strict=True):
         np.testing.assert_allclose(own, same, atol=1e-6)

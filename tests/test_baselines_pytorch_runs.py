@@ -2,15 +2,13 @@
 
 import functools
 import json
-import pathlib
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runner import BASELINES
+from runner import ManiSkillRunner
 from small_baselines import PAIRS, SIMULATORS, SIZES, script_of, small_args
 
 torch = pytest.importorskip("torch")
@@ -181,12 +179,9 @@ def test_actions_of_ppo_are_clipped_on_maniskill_alone():
 
 def test_a_real_task(tmp_path):
     """PushCube, from the command line."""
-    launch = ["-m", "benchmark.without_vulkan", BASELINES / "ppo_maniskill.py"]
-    flags = [x for name, x in SIZES.items() for x in ("--" + name.replace("_", "-"), str(x))]
-    flags += ["--num-envs", "2", "--minibatch-size", "8", "--total-timesteps", "32", "--num-eval-envs", "1"]
-    done = subprocess.run([sys.executable, *map(str, launch), *flags, "--log-dir", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = curve(pathlib.Path(done.stdout.splitlines()[-1]))
+    sizes = SIZES | dict(num_envs=2, minibatch_size=8, num_epochs=1, total_timesteps=32, num_eval_envs=1)
+    flags = [x for name, value in sizes.items() for x in ("--" + name.replace("_", "-"), value)]
+    rows = curve(ManiSkillRunner(tmp_path, "benchmark/baselines/ppo_maniskill.py").train(*flags))
     assert [row["step"] for row in rows] == [16, 32] and 0 <= rows[-1]["eval/success_once"] <= 1
 
 

@@ -82,7 +82,8 @@ def test_a_copy_without_infrastructure_trains(runner):
         assert word not in text, word
     copy = runner.folder / "stripped.py"
     copy.write_text(text)
-    sizes = "--preset cpu --num-envs 16 --num-steps 8 --minibatch-size 64 --num-eval-envs 2 --total-timesteps 512"
+    sizes = ("--preset cpu --num-envs 16 --num-steps 8 --minibatch-size 64 --num-epochs 1 --hidden-dim 16 "
+             "--num-diffusion-steps 2 --num-eval-envs 2 --total-timesteps 512")
     flags = ["--env-id", "own_tasks:Point", "--device", "cpu", *sizes.split(), *runner.complete([])]
     out, _ = call_main(load(copy).main, ["stripped.py", *flags])
     run = out.splitlines()[-1]

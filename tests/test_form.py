@@ -14,7 +14,7 @@ import tokenize
 import tomllib
 
 import pytest
-from form import BASELINES, SCRIPTS, depth, functions
+from form import BASELINES, BENCHMARK, SCRIPTS, depth, functions
 from runner import ROOT
 
 
@@ -29,7 +29,7 @@ def test_requirements_agree_with_the_scripts():
     assert sorted(found) == (ROOT / "requirements.txt").read_text().splitlines()
 
 
-@pytest.mark.parametrize("command", [["check", ROOT], ["format", "--check", *SCRIPTS, *BASELINES]], ids=lambda x: x[0])
+@pytest.mark.parametrize("command", [["check", ROOT], ["format", "--check", *SCRIPTS, ROOT / "benchmark"]], ids=lambda x: x[0])
 def test_ruff(command):
     ruff = [sys.executable, "-m", "ruff", *map(str, command)]
     result = subprocess.run(ruff, capture_output=True, text=True, cwd=ROOT)
@@ -90,7 +90,7 @@ def test_one_idea_a_line(path):
         assert not several, f"line {node.lineno} assigns several values"
 
 
-@pytest.mark.parametrize("path", SCRIPTS + BASELINES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS + BASELINES + BENCHMARK, ids=lambda path: str(path.relative_to(ROOT)))
 def test_form(path):
     for function in functions(path):
         assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"

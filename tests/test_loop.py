@@ -17,6 +17,13 @@ MODULES = {name: name for name in KINDS}
 MODULES |= {path.stem: f"benchmark.baselines.{path.stem}" for path in BASELINES.glob("*_mjx.py")}
 
 
+# Where scripts have the same text, which test_form.py and test_baselines_text.py hold, one of them stands for the others.
+SIMULATORS = sorted(KINDS)  # collecting and playing is each script's own, but baselines' is their siblings'
+EVALUATIONS = "dppo_mjx fpo_mjx ppo_mjx reppo_mjx trudi_maniskill trudi_mjx".split()  # ways to act in one
+EPOCHS = "dime_mjx ppo_mjx reppo_mjx trudi_mjx".split()
+ROLLOUTS = "dime_mjx dppo_mjx fpo_mjx ppo_mjx reppo_mjx trudi_humanoidbench trudi_mjx".split()
+
+
 def loop_of(name, frozen=None, **changes):
     return KINDS.get(name, Mjx)(MODULES[name], frozen, **changes)
 
@@ -51,6 +58,7 @@ def test_the_critic_learns_what_dynamic_programming_finds(frozen):
         np.testing.assert_allclose(found, np.average(expected, axis=1, weights=right), atol=0.15)
 
 
+@pytest.mark.parametrize("frozen", EVALUATIONS, indirect=True)
 def test_evaluation_plays_the_policy(frozen):
     """In each mode, whose actions are others."""
     returns = []
@@ -64,7 +72,7 @@ def test_evaluation_plays_the_policy(frozen):
         assert best > one + 0.5
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", SIMULATORS)
 def test_evaluations_observe_as_training_does(name, monkeypatch):
     """A policy that leaves where observations are standardised, and stays where they are raw, which all are positive."""
     loop = loop_of(name, monkeypatch)
@@ -83,7 +91,7 @@ def test_evaluations_observe_as_training_does(name, monkeypatch):
 MISSED = {"ode": 0.08, "sde": 0.15, "best-of-k": 0.08}  # of what there is to learn
 
 
-@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("name", SIMULATORS)
 def test_the_optimum_is_found(name):
     """But for what the entropy, which is held at its target, costs."""
     loop = loop_of(name)
@@ -96,9 +104,6 @@ def test_the_optimum_is_found(name):
 
 
 # ------------------------------------------------------------------------------------------------------- epochs, with JAX
-JAX = sorted(name for name in MODULES if name not in ("trudi_maniskill", "trudi_isaaclab"))
-
-
 class Log(NamedTuple):
     """In a learner's place: what the minibatches were given."""
 
@@ -109,7 +114,7 @@ class Log(NamedTuple):
     old_actors: jax.Array
 
 
-@pytest.mark.parametrize("name", JAX)
+@pytest.mark.parametrize("name", EPOCHS)
 def test_every_epoch_goes_over_all_states_anew(name, monkeypatch):
     """In another order, each minibatch with noise of its own and the policy of before the first one."""
     loop = loop_of(name)
@@ -151,7 +156,7 @@ def rollout_of(loop):
     return rollout(state.learner.actor, state.statistics, state.env_state, jax.random.PRNGKey(8))[1]
 
 
-@pytest.mark.parametrize("name", JAX)
+@pytest.mark.parametrize("name", ROLLOUTS)
 def test_every_step_has_noise_of_its_own(name, monkeypatch):
     """The policy's, and that of the actions at which targets are taken."""
     loop = loop_of(name, monkeypatch)
@@ -193,7 +198,7 @@ def log_ratio(script, old_actor, actor, seen, key):
     return total.sum((-2, -1))
 
 
-@pytest.mark.parametrize("name", ["trudi_mjx", "trudi_humanoidbench"])
+@pytest.mark.parametrize("name", ["trudi_mjx"])
 def test_logged_kl_is_that_of_the_old_policys_chains(name):
     """Stored and fresh ones, both of the iteration's first policy, at the states of its rollout."""
     loop = loop_of(name, **FAR)
@@ -218,7 +223,7 @@ def test_logged_kl_is_that_of_the_old_policys_chains(name):
 
 
 # -------------------------------------------------------------------------------------------------- the same, with PyTorch
-TORCH = ["trudi_isaaclab", "trudi_maniskill"]
+TORCH = ["trudi_maniskill"]
 
 
 @pytest.mark.parametrize("name", TORCH)

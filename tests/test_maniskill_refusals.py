@@ -9,11 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from runner import (
-    PATIENCE,
-    ROOT,
-    call_main,
-)
+from runner import PATIENCE, ROOT, call_main
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("mani_skill")

@@ -8,11 +8,7 @@ import time
 import onnxruntime
 import pytest
 from copies import load
-from runner import (
-    ROOT,
-    ManiSkillRunner,
-    metrics,
-)
+from runner import ROOT, ManiSkillRunner, metrics
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("mani_skill")

@@ -22,7 +22,7 @@ def materials():
 
 @pytest.mark.parametrize("env_id", trudi.TASKS)
 def test_every_task_trains_and_is_evaluated(env_id, tmp_path):
-    setup, state, programs = prepared(env_id=env_id, num_envs=2, num_steps=4, minibatch_size=8)
+    setup, state, programs = prepared(env_id=env_id, num_envs=1, num_steps=8, minibatch_size=8, num_eval_envs=1)
     actions = {"TwoRobotPickCube-v1": 16, "TwoRobotStackCube-v1": 16, "PushT-v1": 7}.get(env_id, 8)
     assert len(state.learner.actor.raw_friction) == actions
     for _ in range(2):

@@ -36,7 +36,7 @@ def played(setup, steps):
 
 
 # ---------------------------------------------------------------------------------------------------- agreement
-@pytest.mark.parametrize(("env_id", "steps"), [("CartpoleSwingup", 50), ("ReacherEasy", 50), ("CheetahRun", 20)])
+@pytest.mark.parametrize(("env_id", "steps"), [("ReacherEasy", 50), ("CheetahRun", 20)])
 def test_it_computes_what_mjx_computes(env_id, steps):
     """CheetahRun has contacts, Reacher a target that only resets place."""
     observation, reward = played(made(env_id), steps)
@@ -52,8 +52,8 @@ def test_only_its_own_task_is_stepped_by_it():
     own = made("PendulumSwingup")
     after = made("PendulumSwingup", "jax")
     for setup, has in ((before, True), (own, False), (after, True)):
-        sim = jax.jit(setup.env.reset)(jax.random.PRNGKey(0))
-        sim = jax.jit(setup.env.step)(sim, jnp.ones(1))
+        sim = jax.eval_shape(setup.env.reset, jax.random.PRNGKey(0))
+        sim = jax.eval_shape(setup.env.step, sim, jnp.ones(1))
         assert (sim.data._impl is not None) == has
 
 
@@ -163,14 +163,14 @@ def runner(tmp_path_factory):
 
 def test_video_seeds_and_resume_after_a_kill(runner):
     """A run that was killed goes on as it would have; a seed's first steps beside another are those of the seed alone."""
-    flags = ["--impl", "mujoco", "--episode-length", "50"]
+    flags = ["--impl", "mujoco", "--episode-length", "50", "--eval-interval", "40"]
     straight = runner.train(*flags, "--capture-video")
-    assert len(list((straight / "videos").iterdir())) == 2
+    assert [path.name for path in (straight / "videos").iterdir()] == ["step_5120.mp4"]
     folder, code = runner.interrupt(signal.SIGKILL, *flags)
     assert code == -9
-    runner.run("--resume", str(folder), "--num-workers", "1")
+    runner.call("--resume", folder, "--num-workers", "1")
     assert curve(folder) == curve(straight)
     assert json.loads((folder / "args.json").read_text())["args"]["impl"] == "mujoco"
-    two = runner.train(*flags, "--num-seeds", "2", "--total-timesteps", "384")
+    two = runner.train_here(*flags, "--num-seeds", "2", "--total-timesteps", "384")
     assert_close(curve(two / "seed_1")[:2], curve(straight), events=2)
     assert curve(two / "seed_2")[0]["losses/critic"] != curve(straight)[0]["losses/critic"]

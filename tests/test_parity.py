@@ -16,7 +16,7 @@ import trudi_mjx as mjx
 
 torch = pytest.importorskip("torch")
 maniskill = pytest.importorskip("trudi_maniskill")
-B, OBS, A, N = 96, 11, 3, 8
+B, OBS, A, N = 96, 11, 3, 3
 SIZES = dict(
     num_diffusion_steps=N,
     hidden_dim=32,

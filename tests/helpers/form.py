@@ -8,6 +8,7 @@ from runner import ROOT
 
 SCRIPTS = sorted(ROOT.glob("trudi_*.py"))
 BASELINES = sorted(BASELINE_FOLDER.glob("*.py"))
+BENCHMARK = sorted(set((ROOT / "benchmark").rglob("*.py")) - set(BASELINES))
 NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
 

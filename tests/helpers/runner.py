@@ -102,7 +102,7 @@ class Runner:
 class TorchRunner(Runner):
     """The same of a script in PyTorch."""
 
-    path = (ROOT, STANDINS)
+    small, path = (), (ROOT, STANDINS)
 
     def compiled(self):
         return []
