@@ -1,5 +1,6 @@
 """Starts scripts as a user does, and reads what their runs wrote."""
 
+import atexit
 import contextlib
 import importlib
 import importlib.util
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 
@@ -142,6 +144,26 @@ def together(command, world, *flags):
     return [out for out, _ in ended]
 
 
+@contextlib.contextmanager
+def end_of_process():
+    """What a script leaves to the end of its process ends with this block: the workers of trudi_humanoidbench.py, which would
+    keep the fork server from ending when a later test stops it."""
+    register, left = atexit.register, []
+
+    def registered(function, *args, **kwargs):
+        if type(getattr(function, "__self__", None)).__name__ != "Simulators":
+            return register(function, *args, **kwargs)
+        left.append(function)
+        return function
+
+    try:
+        with mock.patch("atexit.register", registered):
+            yield
+    finally:
+        for close in reversed(left):
+            close()
+
+
 def call_main(main, argv, code=0):
     """(stdout, stderr) of a main function with these arguments, which must end with an exit code. What it changes in the
     process is put back."""
@@ -150,7 +172,7 @@ def call_main(main, argv, code=0):
     sys.argv, ended = [*map(str, argv)], 0
     out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with end_of_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main()
     except SystemExit as stop:
         ended = stop.code or 0
