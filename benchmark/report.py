@@ -29,6 +29,7 @@ from benchmark.runs import (
     OTHER,
     RETURN,
     RUN,
+    SEED_COLUMNS,
     VARIANT,
     each_seed,
     evaluations,
@@ -204,22 +205,7 @@ def at_matched_time(panel: Panel) -> tuple[pd.Series, pd.DataFrame]:
 def write_runs(page: Page, seeds: pd.DataFrame) -> None:
     """What there is and what is missing: runs.csv, with a row a run, and a summary by suite and group."""
     folders = seeds.folder.map(lambda folder: pathlib.Path(folder).name, na_action="ignore")
-    columns = [
-        "suite",
-        "group",
-        "task",
-        "seed",
-        "state",
-        "last_step",
-        "last_hours",
-        "other_hours",
-        "final",
-        "success",
-        "device",
-        "folder",
-        "same_as",
-    ]
-    table = seeds.assign(folder=folders)[columns]
+    table = seeds.assign(folder=folders)[[*SEED_COLUMNS, "same_as"]]
     table.to_csv(page.folder / "runs.csv", index=False, float_format="%.6g")
     page.text(
         "## Runs",

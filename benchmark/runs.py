@@ -21,6 +21,10 @@ from benchmark.tasks import ALGORITHMS, SUITES, algorithm_of, task_of, tasks_of
 RETURN = "eval/episodic_return"
 OTHER = "other"  # suite of tasks that are not of the 73
 RUN = ["seed", "folder"]  # columns that tell the runs of one task and group apart
+# columns of a table with a row for each seed, as runs.csv has it
+SEED_COLUMNS = (
+    "suite group task seed state last_step last_hours other_hours final success device folder".split()
+)
 NOT_SEARCHED = ("checkpoints", "videos", "wandb", "diverged", "logs", "slurm")  # many files, and no runs
 TAIL = 65536  # bytes from a log's end in which its last line lies
 NAMES = ("exp_name", "seed", "num_seeds", "preset", "log_dir")  # arguments that are not an experiment's own
@@ -262,26 +266,8 @@ def each_seed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     )
     last = last.assign(final=evaluated.value, success=evaluated.success).reset_index()
     last.loc[last.final.isna() & (last.state != "superseded"), "state"] = "unfinished"
-    columns = [
-        "suite",
-        "group",
-        "task",
-        "seed",
-        "state",
-        "last_step",
-        "last_hours",
-        "other_hours",
-        "final",
-        "success",
-        "device",
-        "folder",
-        "algorithm",
-        "experiment",
-        "paper_sizes",
-        "epsilon",
-        "denoising",
-    ]
-    return last.reindex(columns=columns)
+    others = ["experiment", "paper_sizes", "epsilon", "denoising"]
+    return last.reindex(columns=[*SEED_COLUMNS, *others])
 
 
 def evaluations(table: pd.DataFrame, metric: str) -> pd.DataFrame:

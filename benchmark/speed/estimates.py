@@ -239,8 +239,8 @@ def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> 
         ],
     )
     text = (
-        "Written by `python -m benchmark.speed.estimates`, which says how. Nothing was measured on a GPU of "
-        f"ours. GPU-hours are of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
+        "Written by `python -m benchmark.speed.estimates`, which says how. No hours were measured on a "
+        f"GPU. GPU-hours are of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
         f"{HUMANOID_HOURS} hours for a humanoid imply, with that simulator's share; where a simulator is "
         f"slower, as HumanoidBench's on a CPU, it takes more. CPU-hours are of {machine}, at "
         f"{cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator. HumanoidBench's simulator, "

@@ -27,7 +27,18 @@ def lively(tree, seed):
     return jax.tree.unflatten(structure, moved)
 
 
-class Mjx:
+class Modes:
+    """How evaluations act."""
+
+    def in_mode(self, mode):
+        return self.setup._replace(args=dataclasses.replace(self.setup.args, eval_mode=mode))
+
+    @property
+    def modes(self):
+        return self.script.Args.__annotations__["eval_mode"].__args__
+
+
+class Mjx(Modes):
     """A script with Playground's interface. With `frozen` (pytest's monkeypatch) only the critic learns."""
 
     ends = True  # leaving ends an episode
@@ -108,13 +119,6 @@ class Mjx:
             found = critic(seen)
         return np.asarray(found).reshape(action.shape)
 
-    def in_mode(self, mode):
-        return self.setup._replace(args=dataclasses.replace(self.setup.args, eval_mode=mode))
-
-    @property
-    def modes(self):
-        return self.script.Args.__annotations__["eval_mode"].__args__
-
     def evaluation_sample(self, mode, count):
         """Actions (PLACES, count) of an evaluation."""
         seen = self.seen(count)
@@ -167,7 +171,7 @@ class HumanoidBench(Mjx):
         return self.script.play(setup, choose, envs, self.state, pathlib.Path())["eval/episodic_return"]
 
 
-class IsaacLab:
+class IsaacLab(Modes):
     """trudi_isaaclab.py."""
 
     ends = True
@@ -231,13 +235,6 @@ class IsaacLab:
         with self.torch.no_grad():
             logits = self.state.learner.critic(self.seen(action.shape[1]), actions)
             return self.script.q_value(self.setup.args, logits).reshape(action.shape).numpy()
-
-    def in_mode(self, mode):
-        return self.setup._replace(args=dataclasses.replace(self.setup.args, eval_mode=mode))
-
-    @property
-    def modes(self):
-        return self.script.Args.__annotations__["eval_mode"].__args__
 
     def evaluation_sample(self, mode, count):
         self.torch.manual_seed(6)
