@@ -17,8 +17,9 @@ everything else as it is:
 * the old chains drawn again for the KL, instead of those of the rollout, which is unbiased but another
   sequential chain.
 
-All but the last compute the same, which is checked. Results go to
-benchmark/results/iteration_time_{env}_{device}.json.
+All but the last compute the same, which is checked. With --whole only the two whole iterations are compiled
+and timed, where the rest takes minutes to compile, and it is printed what takes the device's time in each.
+Results go to benchmark/results/iteration_time_{env}_{device}.json.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ from benchmark.baselines import reppo_mjx as reppo
 from benchmark.markdown import markdown_table
 from benchmark.measurements import RESULTS, cpu_name, measure_in_turn, write_json
 from benchmark.speed.flags import Sizes, shown_args
-from benchmark.speed.rollout_and_update import simulate
+from benchmark.speed.rollout_and_update import profiled, simulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Options(Sizes):
 
     hidden_dims: tuple[int, ...] = (64, 256)  # widths of actor and critic, in place of --hidden-dim
     repeats: int = 5  # timed rounds
+    whole: bool = False  # time only whole iterations, and profile them
     output: str | None = None  # the JSON file; default: named after task and device
 
 
@@ -139,7 +141,9 @@ def make(script: Any, options: Options, width: int) -> tuple[Any, Any]:
     for name in ("exp_name", "eval_mode", "target_entropy_scale"):
         own[name] = script.Args.__dataclass_fields__[name].default
     setup = script.make_setup(script.resolve(script.Args(**own)))
-    return setup, jax.jit(functools.partial(script.init_state, setup))(jax.random.PRNGKey(given.seed))
+    options = {"xla_backend_optimization_level": 0}  # it runs only once
+    init = jax.jit(functools.partial(script.init_state, setup), compiler_options=options)
+    return setup, init(jax.random.PRNGKey(given.seed))
 
 
 def inputs_of(script: Any, state: Any, observation: Any) -> Any:
@@ -184,6 +188,12 @@ def parts_of(name: str, script: Any, options: Options, width: int) -> dict[str, 
         for way in UNDONE:
             calls[f"update, {way}"] = functools.partial(traced_without(way, setup), state, data)
     return calls
+
+
+def iteration_of(script: Any, options: Options, width: int) -> Callable[[], Any]:
+    """A call of a script's compiled iteration, on its initial state."""
+    setup, state = make(script, options, width)
+    return functools.partial(jax.jit(functools.partial(script.iterate, setup)), state)
 
 
 def traced_without(way: str, setup: Any) -> Callable:
@@ -236,6 +246,46 @@ def report(width: int, seconds: dict[str, list[float]], where: str) -> str:
     )
 
 
+def report_whole(
+    width: int,
+    seconds: dict[str, list[float]],
+    profiles: dict[str, list[tuple[str, float, int]]],
+    where: str,
+) -> str:
+    """The times of whole iterations at one width as Markdown, and what takes the device's time in them."""
+    trudi_median, reppo_median = (float(np.median(x)) for x in seconds.values())
+    ratio = float(np.median(np.divide(*seconds.values())))
+    text = markdown_table(
+        (f"width {width}, {where}", "TruDi, s", "REPPO, s", "ratio"),
+        [("iteration", f"{trudi_median:.3f}", f"{reppo_median:.3f}", f"{ratio:.2f}")],
+    )
+    for name, profile in profiles.items():
+        busy = sum(time for _, time, _ in profile)
+        rows = [(kernel[:80], f"{time:.4f}", calls) for kernel, time, calls in profile[:20]]
+        text += "\n" + markdown_table((f"{name}, {busy:.3f} s in all", "s", "calls"), rows)
+    return text
+
+
+def measure_whole(options: Options, width: int, where: str) -> dict[str, Any]:
+    """Time and profile whole iterations at one width."""
+    calls = {
+        "TruDi": iteration_of(trudi, options, width),
+        "REPPO": iteration_of(reppo, options, width),
+    }
+    seconds = measure_in_turn(calls, options.repeats)
+    profiles = {name: profiled(call) for name, call in calls.items()}
+    print(report_whole(width, seconds, profiles, where), flush=True)
+    return {"seconds": seconds, "profiles": profiles}
+
+
+def measure_all(options: Options, width: int, where: str) -> dict[str, Any]:
+    """Time all parts at one width."""
+    calls = parts_of("TruDi", trudi, options, width) | parts_of("REPPO", reppo, options, width)
+    seconds = measure_in_turn(calls, options.repeats)
+    print(report(width, seconds, where), flush=True)
+    return {"seconds": seconds, "loss_differences": check_equal(calls)}
+
+
 def main() -> None:
     """Time both at every width, print tables, write JSON."""
     options = tyro.cli(Options)
@@ -245,12 +295,8 @@ def main() -> None:
     where = device.device_kind
     if device.platform == "cpu":
         where = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
-    found = {}
-    for width in options.hidden_dims:
-        calls = parts_of("TruDi", trudi, options, width) | parts_of("REPPO", reppo, options, width)
-        seconds = measure_in_turn(calls, options.repeats)
-        found[width] = {"seconds": seconds, "loss_differences": check_equal(calls)}
-        print(report(width, seconds, where), flush=True)
+    measure = measure_whole if options.whole else measure_all
+    found = {width: measure(options, width, where) for width in options.hidden_dims}
     kind = re.sub(r"\W+", "_", device.device_kind.lower())
     path = pathlib.Path(options.output or RESULTS / f"iteration_time_{args.env_id}_{kind}.json")
     shown = {name: value for name, value in shown_args(args).items() if name != "hidden_dim"}

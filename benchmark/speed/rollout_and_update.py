@@ -207,12 +207,12 @@ def peak_memory(device: jax.Device) -> dict[str, int]:
     return {"device": (device.memory_stats() or {}).get("peak_bytes_in_use"), "resident": resident}
 
 
-def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, float, int]]:
-    """Names, seconds and numbers of calls of what takes the most time in an iteration, on the device; 30 of
-    them. On a CPU, an operation's time has in it that of the operations that it calls."""
+def profiled(call: Callable[[], Any]) -> list[tuple[str, float, int]]:
+    """Names, seconds and numbers of calls of what takes a device's time in a call of a compiled program, most
+    first. On a CPU, an operation's time has in it that of the operations that it calls."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(program(state))
+            jax.block_until_ready(call())
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         planes = list(jax.profiler.ProfileData.from_file(str(trace)).planes)
         devices = [plane for plane in planes if "GPU" in plane.name]
@@ -222,9 +222,8 @@ def profiled(program: Callable, state: trudi.TrainState) -> list[tuple[str, floa
         for event in (event for line in lines for event in line.events):
             total = totals.setdefault(re.sub(r"[.\d]+$", "", event.name), [0.0, 0])
             total[0], total[1] = total[0] + event.duration_ns * 1e-9, total[1] + 1
-    return sorted(
-        ((name, seconds, int(calls)) for name, (seconds, calls) in totals.items()), key=lambda row: -row[1]
-    )[:30]
+    rows = ((name, seconds, int(calls)) for name, (seconds, calls) in totals.items())
+    return sorted(rows, key=lambda row: -row[1])
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -266,7 +265,7 @@ def main() -> None:
     parts, ended = measure_parts(setup, state, options.repeats)
     seconds = {**parts, "whole iteration": iteration}
     # after all else: the iteration takes the state
-    profile = profiled(program, state) if options.profile else []
+    profile = profiled(functools.partial(program, state))[:30] if options.profile else []
     steps = args.batch_size * args.num_seeds
     rates = {
         name: dict(median=steps / np.median(x), min=steps / max(x), max=steps / min(x))
