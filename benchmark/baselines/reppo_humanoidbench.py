@@ -1279,7 +1279,7 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 # ------------------------------------------------------------------------------------------------ run folder
 def provenance() -> dict[str, Any]:
-    """What else decides a run's numbers: command, commit, device and versions."""
+    """What else decides a run's numbers: command, commit, device, XLA's flags and versions."""
     folder = str(pathlib.Path(__file__).resolve().parent)
     git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -1289,6 +1289,7 @@ def provenance() -> dict[str, Any]:
         "command": sys.argv,
         "git_commit": commit,  # empty outside a clone
         "device": f"{jax.local_device_count()} x {device}, {os.cpu_count()} cores",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": sys.version,
         "versions": {package.name: package.version for package in metadata.distributions()},
     }
