@@ -1,0 +1,88 @@
+"""benchmark/studies/comparison.py: scores, differences and verdicts of runs whose numbers are known."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from sweeps import write_run
+
+pytest.importorskip("rliable")
+
+from benchmark.studies import comparison  # noqa: E402
+
+
+@pytest.fixture
+def page(monkeypatch, tmp_path):
+    """Calls the command; returns its page and its scores."""
+    monkeypatch.setattr("benchmark.statistics.REPETITIONS", 200)
+    def call(*flags):
+        out = tmp_path / "out"
+        monkeypatch.setattr(sys, "argv", ["comparison", str(tmp_path / "runs"), "--out", str(out), *flags])
+        comparison.main()
+        return (out / "README.md").read_text(), pd.read_csv(out / "scores.csv")
+    return call
+
+
+def write(tmp_path, task, group, seed, values, hours):
+    script = "reppo_mjx" if group == "reppo" else "trudi_mjx"
+    return write_run(tmp_path / "runs", task, seed, values, script=script, exp_name=group, hours=hours)
+
+
+def test_scores_are_means_of_last_thirds(page, tmp_path):
+    # 900 steps in 3 h against 1,800 steps in 6 h, of which half are equal steps and equal time alike
+    write(tmp_path, "CheetahRun", "trudi", 1, [0, 0, 0, 0, 0, 50, 70, 80, 90], hours=3.0)
+    write(tmp_path, "CheetahRun", "reppo", 1, [0] * 5 + [9, 10, 20, 60] + [1000] * 9, hours=6.0)
+    # three times as fast: equal time is all of its 2,700 steps
+    write(tmp_path, "CheetahRun", "ppo", 1, [0] * 6 + [1, 2, 3] + [0] * 9 + [10] * 8 + [100], hours=3.0)
+    _, scores = page("--steps", "900")
+    own = scores.set_index("group")
+    assert own.step.to_dict() == {"trudi": 80, "reppo": 30, "ppo": 2}
+    assert own.hours.to_dict() == {"trudi": 80, "reppo": 30, "ppo": 20}
+
+
+def test_runs_that_are_too_short_are_told_and_do_not_count(page, tmp_path):
+    for seed in (1, 2):
+        write(tmp_path, "CheetahRun", "trudi", seed, [1, 2, 3], hours=3.0)
+        write(tmp_path, "CheetahRun", "reppo", seed, [1, 2, 3], hours=1.0)  # at equal steps only
+    write(tmp_path, "CheetahRun", "reppo", 3, [1, 2], hours=3.0)  # at equal time only
+    text, scores = page("--steps", "300")
+    told = [line for line in text.splitlines() if line.startswith("- ")]
+    assert told == [
+        "- equal steps: reppo on CheetahRun, seed 3",
+        "- equal training time: reppo on CheetahRun, seed 1, 2",
+    ]
+    assert scores.hours.notna().sum() == 3
+
+
+def test_only_two_intervals_make_a_verdict():
+    low, high = np.array([1.0, 0.2, 2.0]), np.array([-1.0, -2.0, -0.2])
+    likely, unlikely, even = np.array([0.8, 0.6, 0.9]), np.array([0.2, 0.1, 0.4]), np.array([0.6, 0.4, 0.8])
+    assert comparison.verdict(low, likely) == "better"
+    assert comparison.verdict(high, unlikely) == "worse"
+    assert comparison.verdict(low, even) == comparison.verdict(high, even) == "open"
+    assert comparison.verdict(np.array([1.0, -0.1, 2.0]), likely) == "open"
+
+
+def test_groups_meet_on_the_tasks_that_both_have(page, tmp_path):
+    rng = np.random.default_rng(0)
+    for seed in range(1, 5):
+        for task, ours, theirs in (("CheetahRun", 500, 300), ("WalkerRun", 100, 20)):
+            write(tmp_path, task, "trudi", seed, [0, 0, ours + rng.normal()], hours=1.0)
+            write(tmp_path, task, "reppo", seed, [0, 0, theirs + rng.normal()], hours=1.0)
+        write(tmp_path, "AcrobotSwingup", "trudi", seed, [0, 0, 900], hours=1.0)
+    text, scores = page("--steps", "300")
+    (steps, _) = comparison.comparisons(scores, "trudi")
+    assert steps.tasks == ["CheetahRun", "WalkerRun"] and steps.runs == (4, 4)
+    # the middle four of eight scores: two tasks of four runs each
+    assert steps.apart[0] == pytest.approx((500 + 100) / 2 - (300 + 20) / 2, abs=2) and steps.apart[1] > 0
+    assert steps.probability.tolist() == [1, 1, 1]
+    assert "| better |" in " ".join(text.split()) and "AcrobotSwingup" in text
+
+
+def test_bad_input_is_refused(page, tmp_path, capsys):
+    write(tmp_path, "CheetahRun", "trudi", 1, [1.0], hours=1.0)
+    for flags in (["--ours", "sac"], ["--metric", "eval/none"]):
+        with pytest.raises(SystemExit) as end:
+            page("--steps", "100", *flags)
+        assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
