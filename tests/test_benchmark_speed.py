@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from benchmark import tasks
+from benchmark.speed import iteration
 
 ROOT = tasks.ROOT
 PATIENCE = 150  # seconds that a process may take on a busy machine
@@ -92,3 +93,11 @@ def test_time_of_an_action(tmp_path):
     assert [(row["steps"], row["mode"]) for row in rows] == [(1, "ode"), (1, "sde"), (3, "ode"), (3, "sde")]
     assert all(0 < row["median_ms"] <= row["percentile_99_ms"] for row in rows)
     assert (tmp_path / "time.md").read_text().count("\n| ") == 4
+
+
+def test_whole_iterations_are_compared_round_by_round():
+    seconds = {"TruDi": [2.0, 6.0, 9.0], "REPPO": [1.0, 2.0, 9.0]}  # ratios 2, 3, 1
+    profiles = {"TruDi": [("gemm", 1.5, 8), ("tanh", 0.25, 2)], "REPPO": [("gemm", 0.5, 4)]}
+    text = " ".join(iteration.report_whole(64, seconds, profiles, "a card").split())
+    assert "| iteration | 6.000 | 2.000 | 2.00 |" in text
+    assert "TruDi; all add up to 1.750 s" in text and "| gemm | 0.5000 | 4 |" in text

@@ -55,12 +55,25 @@ def test_runs_that_are_too_short_are_told_and_do_not_count(page, tmp_path):
     assert scores.hours.notna().sum() == 3
 
 
+def test_equal_time_is_that_of_our_fastest_run(page, tmp_path):
+    write(tmp_path, "CheetahRun", "trudi", 1, [0, 0, 10], hours=3.0)
+    write(tmp_path, "CheetahRun", "trudi", 2, [0, 0, 20], hours=6.0)
+    write(tmp_path, "CheetahRun", "reppo", 1, [0, 0, 30, 0, 0, 60], hours=6.0)
+    _, scores = page("--steps", "300")
+    # until 3 h, where the other's evaluation of 60 at 6 h does not count
+    assert scores.query("group == 'reppo'").hours.tolist() == [30]
+    assert scores.query("group == 'trudi' and seed == 1").hours.tolist() == [10]
+
+
 def test_only_two_intervals_make_a_verdict():
-    low, high = np.array([1.0, 0.2, 2.0]), np.array([-1.0, -2.0, -0.2])
-    likely, unlikely, even = np.array([0.8, 0.6, 0.9]), np.array([0.2, 0.1, 0.4]), np.array([0.6, 0.4, 0.8])
-    assert comparison.verdict(low, likely) == "better"
-    assert comparison.verdict(high, unlikely) == "worse"
-    assert comparison.verdict(low, even) == comparison.verdict(high, even) == "open"
+    above = np.array([1.0, 0.2, 2.0])
+    below = np.array([-1.0, -2.0, -0.2])
+    likely = np.array([0.8, 0.6, 0.9])
+    unlikely = np.array([0.2, 0.1, 0.4])
+    even = np.array([0.6, 0.4, 0.8])
+    assert comparison.verdict(above, likely) == "better"
+    assert comparison.verdict(below, unlikely) == "worse"
+    assert comparison.verdict(above, even) == comparison.verdict(below, even) == "open"
     assert comparison.verdict(np.array([1.0, -0.1, 2.0]), likely) == "open"
 
 

@@ -262,7 +262,7 @@ def report_whole(
     for name, profile in profiles.items():
         busy = sum(time for _, time, _ in profile)
         rows = [(kernel[:80], f"{time:.4f}", calls) for kernel, time, calls in profile[:20]]
-        text += "\n" + markdown_table((f"{name}, {busy:.3f} s in all", "s", "calls"), rows)
+        text += "\n" + markdown_table((f"{name}; all add up to {busy:.3f} s", "s", "calls"), rows)
     return text
 
 

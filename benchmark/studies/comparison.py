@@ -1,4 +1,4 @@
-"""Does TruDi learn more than Gaussian policies? The statistics that benchmark/study.md fixed before its runs.
+"""Does TruDi learn more than Gaussian policies?
 
     python -m benchmark.studies.comparison RUNS... --steps 3000000 --out benchmark/results/study
 
