@@ -6,12 +6,15 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
+from mujoco import mjx
 from probes import small_args
 from runner import ROOT, Runner, assert_close, curve
 
 import trudi_mjx as trudi
+from benchmark.studies import mujoco_agreement
 
 pytest.importorskip("mjbatch")
 E = 8
@@ -44,6 +47,32 @@ def test_it_computes_what_mjx_computes(env_id, steps):
     assert observation.std() > 0.1
     np.testing.assert_allclose(observation, observation_mjx, atol=2e-3)
     np.testing.assert_allclose(reward, reward_mjx, atol=2e-3)
+
+
+# A hopper folded up: its nose is in its thigh and in its calf, 34 and 24 mm deep by MuJoCo's own measure.
+FOLDED = [0.133, -0.77, 2.596, -0.552, -2.426, 2.535, -0.788]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_playground_has_mjx_leave_out_contacts(full):
+    """Which is why HopperHop differs as it is, and agrees in full: benchmark/results/mujoco_agreement.md."""
+    env = mujoco_agreement.make("HopperHop", "jax", full).env
+    own = mujoco.MjData(env.mj_model)
+    own.qpos[:] = FOLDED
+    mujoco.mj_forward(env.mj_model, own)
+    assert min(own.contact.dist) == pytest.approx(-0.034, abs=1e-3) and [2, 4] in own.contact.geom.tolist()
+
+    data = mjx.make_data(env.mj_model, impl="jax").replace(qpos=jnp.array(FOLDED))
+    data = jax.jit(lambda data: mjx.collision(env.mjx_model, mjx.kinematics(env.mjx_model, data)))(data)
+    contact = data._impl.contact
+    assert ([2, 4] in contact.geom[contact.dist < 0].tolist()) == full
+
+
+def test_results_of_other_tasks_are_kept(tmp_path):
+    path = tmp_path / "agreement.json"
+    assert mujoco_agreement.kept(path, ("A",)) == []
+    path.write_text(json.dumps({"tasks": [{"task": "A"}, {"task": "B"}]}))
+    assert mujoco_agreement.kept(path, ("A", "C")) == [{"task": "B"}]
 
 
 def test_only_its_own_task_is_stepped_by_it():
