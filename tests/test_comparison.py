@@ -65,6 +65,23 @@ def test_equal_time_is_that_of_our_fastest_run(page, tmp_path):
     assert scores.query("group == 'trudi' and seed == 1").hours.tolist() == [10]
 
 
+def test_a_clock_of_short_runs(page, tmp_path, capsys):
+    """Other work held up the long run of ours, which took 3 h and would have taken 1 alone, as the clock's have."""
+    write(tmp_path, "CheetahRun", "trudi", 1, [0, 0, 10], hours=3.0)
+    write(tmp_path, "CheetahRun", "reppo", 1, [0, 20, 30, 40, 50, 60], hours=2.0)
+    short = tmp_path / "short"
+    for seed, hours in ((1, 1.0), (2, 1.0), (3, 2.0)):  # one of them was disturbed
+        write_run(short, "CheetahRun", seed, [0, 0, 0], exp_name="trudi", hours=hours)
+    flags = ("--steps", "300", "--clock", str(short))
+    with pytest.raises(SystemExit):
+        page(*flags)
+    assert "no run of reppo on CheetahRun" in capsys.readouterr().err
+    write_run(short, "CheetahRun", 1, [0], script="reppo_mjx", exp_name="reppo", hours=0.2)
+    _, scores = page(*flags)
+    # 5 iterations of 0.2 h in the hour, of which the fourth and the fifth are in its last third
+    assert scores.set_index("group").hours.to_dict() == {"trudi": 10, "reppo": 45}
+
+
 def test_only_two_intervals_make_a_verdict():
     above = np.array([1.0, 0.2, 2.0])
     below = np.array([-1.0, -2.0, -0.2])

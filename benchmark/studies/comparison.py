@@ -4,11 +4,15 @@
 
 A run's score is the mean of the last third of its evaluations: after equal environment steps, of those up to
 --steps; after equal training time, of those up to the hours that the fastest run of --ours took for these steps
-on that task. Training time is that of iterations, without compilation, evaluations and checkpoints. Groups are the
-runs' --exp-name. Methods are compared over tasks and seeds of a suite by the interquartile mean (IQM) and by
-the probability that a run of --ours is better than one of the other on the same task, both with 95% stratified
-bootstrap intervals. One is called better only where both intervals exclude that there is no difference. Runs
-that have not come far enough are listed and do not count."""
+on that task. Training time is that of iterations, without compilation, evaluations and checkpoints; with
+--clock, that of short runs of the same groups and tasks which had their core for themselves, by the median speed
+of their iterations, so that the long ones may share a machine. Groups are the runs' --exp-name.
+
+Methods are compared over tasks and seeds of a suite by the interquartile mean (IQM) and by the probability that
+a run of --ours is better than one of the other on the same task, both with 95% stratified bootstrap intervals.
+One is called better only where both intervals exclude that there is no difference. Runs that have not come far
+enough are listed and do not count.
+"""
 
 import dataclasses
 import itertools
@@ -41,9 +45,19 @@ class Options:
     steps: int  # environment steps after which runs are compared
     ours: str = "trudi"  # the group that is compared with the others
     metric: str = RETURN  # what is compared
+    clock: str | None = None  # folder of the short runs that tell how long an iteration takes
 
 
 # --------------------------------------------------------------------------------------------------------- scores
+def clocked(log: pd.DataFrame, clock: pd.DataFrame) -> pd.DataFrame:
+    """The log with the hours that its steps take at the median speed of the clock's runs of task and group."""
+    speeds = clock.groupby(["task", "group"])["charts/SPS"].median()
+    pairs = pd.MultiIndex.from_frame(log[["task", "group"]])
+    for task, group in pairs.unique().difference(speeds.index):
+        fail(f"--clock has no run of {group} on {task}")
+    return log.assign(hours=log.step / speeds.reindex(pairs).to_numpy() / 3600)
+
+
 def ends_of(log: pd.DataFrame, steps: int, ours: str) -> pd.DataFrame:
     """For each task, the steps (column `step`) and hours (`hours`) until which runs are compared."""
     own = log[(log.group == ours) & (log.step <= steps)]
@@ -223,7 +237,8 @@ def fail(message: str) -> None:
 def main() -> None:
     """Read the runs, write the page."""
     options = tyro.cli(Options)
-    for source in (x for x in options.runs if not pathlib.Path(x).exists()):
+    sources = [*options.runs, options.clock] if options.clock else options.runs
+    for source in (x for x in sources if not pathlib.Path(x).exists()):
         fail(f"there is no {source}")
     table = read_table(options.runs)
     if options.metric not in table:
@@ -231,6 +246,8 @@ def main() -> None:
     log = evaluations(table, options.metric)
     if options.ours not in set(log.group):
         fail(f"--ours {options.ours} is none of the groups {', '.join(dict.fromkeys(log.group))}")
+    if options.clock:
+        log = clocked(log, read_table([options.clock]))
     print(write_page(log, options))
 
 
