@@ -215,6 +215,11 @@ def test_killed_sweep_does_not_start_its_orphans_again(fake):
     assert last.returncode == 0 and len(find_runs([fake / "runs"])) == 2, out
 
 
+def test_the_first_seed(fake):
+    planned = units(fake, seeds=3, first_seed=11, vmap_seeds=2, tasks=("CheetahRun",))
+    assert [(u.seed, u.num_seeds) for u in planned] == [(11, 2), (13, 1)]
+
+
 def test_seeds_side_by_side(fake):
     planned = units(fake, seeds=5, vmap_seeds=2, tasks=("CheetahRun",))
     assert [(u.seed, u.num_seeds) for u in planned] == [(1, 2), (3, 2), (5, 1)]

@@ -60,7 +60,8 @@ class Options:
     suite: Literal["dmc", "humanoid", "maniskill", "humanoidbench", "isaaclab", "all"] | None = None
     tasks: tuple[str, ...] = ()  # only these of them; without --suite, of all
     algorithm: Literal["trudi", "reppo", "dime", "ppo", "spo", "fpo", "dppo"] = "trudi"  # what trains
-    seeds: int = 10  # runs of each task, with seeds from 1
+    seeds: int = 10  # runs of each task
+    first_seed: int = 1  # the seed of the first of them; the others follow
     name: str | None = None  # the sweep's; part of the run folders' names; default: the algorithm's
     flags: str = ""  # further flags of the scripts, as in --flags="--preset cpu"
     log_dir: str = "runs"  # parent of the run folders, of logs/ and of evaluations/
@@ -200,6 +201,7 @@ def plan(options: Options) -> list[Unit]:
     all."""
     tasks, python = chosen_tasks(options), pairs(options.python, "--python")
     check(options, tasks)
+    end = options.first_seed + options.seeds
     for name in python.keys() - SUITES.keys():
         fail(f"--python {name}: there is no such suite")
     units = []
@@ -210,14 +212,14 @@ def plan(options: Options) -> list[Unit]:
                 Unit(
                     task,
                     seed=first,
-                    num_seeds=min(side, options.seeds + 1 - first),
+                    num_seeds=min(side, end - first),
                     python=python.get(task.suite, sys.executable),
                     hours=options.hours,
                     **variant,
                 )
             )
             for variant in variants(options)
-            for first in range(1, options.seeds + 1, side)
+            for first in range(options.first_seed, end, side)
         ]
     return sorted(units, key=lambda unit: unit.seed)
 
