@@ -82,6 +82,22 @@ def test_a_clock_of_short_runs(page, tmp_path, capsys):
     assert scores.set_index("group").hours.to_dict() == {"trudi": 10, "reppo": 45}
 
 
+def test_the_figure_shows_iqms_over_both_axes(page, tmp_path):
+    for task, ours in (("CheetahRun", 10), ("WalkerRun", 30)):
+        for seed in (1, 2):
+            write(tmp_path, task, "trudi", seed, [ours, 2 * ours, 3 * ours], hours=3.0)
+            write(tmp_path, task, "reppo", seed, [5, 6, 7], hours=1.5)
+    write(tmp_path, "AcrobotSwingup", "trudi", 1, [900, 900, 900], hours=1.0)  # of which the other has none
+    page("--steps", "300")
+    drawn = pd.read_csv(tmp_path / "out" / "curves_dmc.csv")
+    steps = drawn[drawn.environment_steps.notna()].set_index(["group", "environment_steps"]).iqm
+    assert steps[("trudi", 300)] == pytest.approx((30 + 90) / 2) and steps[("trudi", 100)] == pytest.approx((10 + 30) / 2)
+    assert steps[("reppo", 300)] == 7
+    hours = drawn[drawn.hours.notna()].groupby("group").hours.max()
+    assert hours["trudi"] == pytest.approx(3.0) and hours["reppo"] == pytest.approx(1.5)
+    assert drawn.iqm.max() < 100
+
+
 def test_only_two_intervals_make_a_verdict():
     above = np.array([1.0, 0.2, 2.0])
     below = np.array([-1.0, -2.0, -0.2])
