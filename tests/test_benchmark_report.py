@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -26,9 +27,11 @@ def plain(page):
 
 
 @pytest.fixture
-def report(monkeypatch):
-    """Calls the command and returns the page."""
+def report(monkeypatch, request):
+    """Calls the command and returns the page. Only the first test has pictures, which take most of the time to draw."""
     pytest.importorskip("rliable")
+    if request.function is not test_results_page:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: pathlib.Path(path).touch())
     module = importlib.import_module("benchmark.report")
     monkeypatch.setattr("benchmark.statistics.REPETITIONS", 200)
     def page(*sources, out, **options):

@@ -1,5 +1,6 @@
 """benchmark/studies/comparison.py: scores, differences and verdicts of runs whose numbers are known."""
 
+import pathlib
 import sys
 
 import numpy as np
@@ -13,8 +14,10 @@ from benchmark.studies import comparison  # noqa: E402
 
 
 @pytest.fixture
-def page(monkeypatch, tmp_path):
-    """Calls the command; returns its page and its scores."""
+def page(monkeypatch, request, tmp_path):
+    """Calls the command; returns its page and its scores. Only one test has pictures, which take most of the time to draw."""
+    if request.function is not test_the_figure_shows_iqms_over_both_axes:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: pathlib.Path(path).touch())
     monkeypatch.setattr("benchmark.statistics.REPETITIONS", 200)
     def call(*flags):
         out = tmp_path / "out"
@@ -96,6 +99,7 @@ def test_the_figure_shows_iqms_over_both_axes(page, tmp_path):
     hours = drawn[drawn.hours.notna()].groupby("group").hours.max()
     assert hours["trudi"] == pytest.approx(3.0) and hours["reppo"] == pytest.approx(1.5)
     assert drawn.iqm.max() < 100
+    assert (tmp_path / "out" / "curves_dmc.png").stat().st_size > 5000
 
 
 def test_only_two_intervals_make_a_verdict():
