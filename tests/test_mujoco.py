@@ -193,11 +193,11 @@ def runner(tmp_path_factory):
 def test_video_seeds_and_resume_after_a_kill(runner):
     """A run that was killed goes on as it would have; a seed's first steps beside another are those of the seed alone."""
     flags = ["--impl", "mujoco", "--episode-length", "50", "--eval-interval", "40"]
-    straight = runner.train(*flags, "--capture-video")
-    assert [path.name for path in (straight / "videos").iterdir()] == ["step_5120.mp4"]
+    straight = runner.train_here(*flags)
     folder, code = runner.interrupt(signal.SIGKILL, *flags)
     assert code == -9
-    runner.call("--resume", folder, "--num-workers", "1")
+    runner.run("--resume", folder, "--num-workers", "1", "--capture-video")
+    assert [path.name for path in (folder / "videos").iterdir()] == ["step_5120.mp4"]
     assert curve(folder) == curve(straight)
     assert json.loads((folder / "args.json").read_text())["args"]["impl"] == "mujoco"
     two = runner.train_here(*flags, "--num-seeds", "2", "--total-timesteps", "384")
