@@ -60,6 +60,13 @@ def test_the_actor_steps_at_every_second_minibatch():
     assert count(learner.actor_opt_state) == count(learner.dual_opt_state) == minibatches / 2
 
 
+def test_an_odd_number_of_minibatches_is_refused(capsys):
+    setup = trudi.make_setup(small_args(num_steps=12))  # 3 of 64 states
+    with pytest.raises(SystemExit) as end:
+        variants.update_in_pairs(setup, None, None, None)
+    assert end.value.code == 2 and "--minibatch-size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n_steps", [4, 8, 16])
 def test_unit_time(n_steps):
     actor = lively_actor(small_args(num_diffusion_steps=n_steps), 3, 2, seed=1)

@@ -21,10 +21,17 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import trudi_mjx as trudi
 
 STEP_SIZES = trudi.Actor.step_sizes
+
+
+def fail(message: str) -> None:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    print(f"benchmark.studies.variants: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------------- variants
@@ -42,7 +49,8 @@ def partial_kl(
     observation_part, time_part = actor.embed(observation)
     h = actor.step_sizes()[steps]
     old_h = old_actor.step_sizes()[steps]
-    latents, means = latents[:, steps], means[:, steps]
+    latents = latents[:, steps]
+    means = means[:, steps]
     drift = actor(observation_part[:, None], time_part[steps], latents) - latents / actor.prior_std**2
     new_means = latents + h * drift
     kl = 0.5 * (old_h / h - 1 - jnp.log(old_h / h) + (means - new_means) ** 2 / (2 * h))
@@ -53,7 +61,7 @@ def update_critic(learner: trudi.Learner, args: trudi.Args, batch: trudi.Batch) 
     """A gradient step of the critic alone."""
     gradient = jax.grad(trudi.critic_loss)(learner.critic, args, batch)
     step, state = trudi.make_optimizers(args).critic.update(gradient, learner.critic_opt_state)
-    critic = trudi.optax.apply_updates(learner.critic, step)
+    critic = optax.apply_updates(learner.critic, step)
     return learner._replace(critic=critic, critic_opt_state=state)
 
 
@@ -62,6 +70,8 @@ def update_in_pairs(
 ) -> tuple[trudi.Learner, trudi.Metrics]:
     """In place of update_epochs: of two minibatches, the first is the critic's alone."""
     args = setup.args
+    if args.batch_size // args.minibatch_size % 2:
+        fail("actor-2 needs an even number of minibatches in an epoch; change --minibatch-size")
     old_actor = learner.actor
     order_key, noise_key = jax.random.split(key)
     order_keys = jax.random.split(order_key, args.num_epochs)
@@ -82,7 +92,7 @@ def update_in_pairs(
 
 def unit_time(actor: trudi.Actor) -> jax.Array:
     """In place of Actor.step_sizes: (N, A), whose sum over n hardly depends on N."""
-    return STEP_SIZES(actor) * (1 / actor.num_steps) / trudi.STEP_SIZE
+    return STEP_SIZES(actor) / (actor.num_steps * trudi.STEP_SIZE)
 
 
 VARIANTS: dict[str, tuple[Any, str, Callable]] = {
@@ -99,12 +109,6 @@ def varied(name: str) -> Any:
     place, attribute, replacement = VARIANTS[name]
     with mock.patch.object(place, attribute, replacement):
         yield
-
-
-def fail(message: str) -> None:
-    """Refuse bad input: one line on stderr and exit code 2."""
-    print(f"benchmark.studies.variants: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main() -> None:
