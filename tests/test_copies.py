@@ -60,7 +60,7 @@ def without_infrastructure(text):
         (between(text, '    path = folder / "args.json"', "    if args.track"), ""),
         (between(text, "    if args.resume:", "def seed_folders"), "    return name_folder(args, make_folder(args))\n\n\n"),
         (between(text, "    if saved:\n", "    options = {"), ""),
-        (between(text, "    if setup.args.evaluate:\n", "    learn = jax.vmap"), ""),
+        (between(text, "    if setup.args.evaluate:\n", "    learn = over_seeds"), ""),
         (between(text, "        kept = seed_folders", "    return still"), "        print(where, bad, file=sys.stderr)\n"),
         (between(text, "        stop = largest(", "    print(folder)"),
          "        stop = received[0] if received else 0\n"),

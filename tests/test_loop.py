@@ -297,3 +297,13 @@ def test_pytorchs_kl_is_that_of_the_old_policys_chains(name):
     assert expected > 6 * error
     for kind in ("stored", "fresh"):
         np.testing.assert_allclose(metrics[f"trust_region/{kind}_kl"], expected, atol=4 * error)
+
+
+# --------------------------------------------------------------------------------------------------------------- seeds
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_seed_alone_multiplies_plain_matrices(num_seeds):
+    """Not batches of one, which slow a CPU by half; test_mujoco.py compares the curves of both."""
+    loop = loop_of("trudi_mjx", num_seeds=num_seeds)
+    state = jax.tree.map(lambda x: jnp.stack([x] * num_seeds), loop.state)
+    text = jax.jit(loop.script.over_seeds(loop.setup, loop.script.iterate)).lower(state).as_text()
+    assert text.count("dot_general") > 100 and ("batching_dims" in text) == (num_seeds > 1)

@@ -61,7 +61,7 @@ def flag(name):
     dict(v_min=NAN), dict(v_max=float("inf")), dict(target_entropy_scale=NAN), dict(dual_learning_rate=float("inf")),
     dict(ode_score_scale=NAN), dict(seed=2**31),
     dict(num_atoms=1), dict(total_timesteps=100), dict(minibatch_size=96), dict(env_id="Cartpole"),
-    dict(num_devices=3)], ids=str)
+    dict(num_devices=3, impl="jax")], ids=str)
 def test_values(changes, capsys):
     trudi.check_args(trudi.resolve(trudi.Args(**SIZES)))  # fine as it is
     with pytest.raises(SystemExit) as stop:
@@ -75,9 +75,9 @@ def test_values(changes, capsys):
 def test_what_does_not_go_on_two_devices(changes, capsys, monkeypatch):
     devices = trudi.jax.local_devices() * 2
     monkeypatch.setattr(trudi.jax, "local_devices", lambda backend=None: devices)
-    trudi.check_args(trudi.resolve(trudi.Args(**SIZES, num_devices=2)))
+    trudi.check_args(trudi.resolve(trudi.Args(**SIZES, impl="jax", num_devices=2)))
     with pytest.raises(SystemExit) as stop:
-        trudi.check_args(trudi.resolve(trudi.Args(**{**SIZES, **changes}, num_devices=2)))
+        trudi.check_args(trudi.resolve(trudi.Args(**{**SIZES, "impl": "jax", **changes}, num_devices=2)))
     line = refusal(stop.value.code, capsys.readouterr().err)
     assert any(flag(name) in line for name in changes) or "--num-envs x --num-steps" in line
 
@@ -246,7 +246,7 @@ BAD = {
     "--v-min 3 --v-max 2": "--v-min < --v-max",
     "--total-timesteps 100": "is less than",
     "--device gpu": "no gpu device",
-    "--num-devices 3 --num-envs 18 --num-steps 32 --minibatch-size 96 --num-eval-envs 3": "JAX finds 2",
+    "--impl jax --num-devices 3 --num-envs 18 --num-steps 32 --minibatch-size 96 --num-eval-envs 3": "JAX finds 2",
     "--resume nowhere": "no run folder",
 }
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ def test_without_mjbatch(env_id, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mjbatch", None)
     line = refusal(capsys, small_args, env_id=env_id, impl="mujoco")
     assert f"pip install {trudi.MJBATCH}" in line and "--impl jax" in line
-    assert small_args(env_id="CartpoleBalance").impl == "jax"
+    assert small_args(env_id=env_id, impl="jax").impl == "jax"
 
 
 def test_the_advice_is_what_requirements_say():
@@ -179,9 +180,13 @@ def test_what_does_not_go_with_it(capsys):
 
 
 def test_who_has_it_by_default():
-    assert small_args().impl == "jax"
-    assert small_args(env_id="T1JoystickFlatTerrain").impl == "mujoco"
-    assert small_args(env_id="T1JoystickFlatTerrain", impl="jax").impl == "jax"
+    """Playground's tasks on a CPU; a task of one's own may read what the engine does not return."""
+    tasks = {"CartpoleBalance": "mujoco", "T1JoystickFlatTerrain": "mujoco", "own_tasks:Point": "jax"}
+    for env_id, impl in tasks.items():
+        assert trudi.resolve(trudi.Args(env_id=env_id, device="cpu")).impl == impl
+        assert trudi.resolve(trudi.Args(env_id=env_id, device="cpu", impl="warp")).impl == "warp"
+    for platform, impl in {"gpu": "warp", "tpu": "jax"}.items():
+        assert trudi.find_impl(trudi.Args(), [SimpleNamespace(platform=platform)]) == impl
 
 
 # --------------------------------------------------------------------------------------------------------- runs

@@ -68,7 +68,6 @@ SUITE = {  # Table 5
     "dmc": dict(gamma=0.99, v_min=0.0, v_max=150.0),
     "humanoid": dict(gamma=0.97, v_min=-10.0, v_max=10.0),
 }
-CPU_IMPL = {"dmc": "jax", "humanoid": "mujoco"}  # the faster one, see benchmark/README.md
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
@@ -143,7 +142,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Table 5, or small ones for two CPU cores"""
     impl: Literal["jax", "warp", "mujoco"] | None = None
-    """MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, mujoco for humanoids on a CPU"""
+    """MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, mujoco on a CPU"""
     log_dir: str = "runs"
     """parent of the run folders"""
 
@@ -289,7 +288,7 @@ def resolve(args: Args) -> Args:
     if (args.preset, suite) == ("cpu", "humanoid"):
         values |= CPU_HUMANOID
     values |= {name: value for name, value in vars(args).items() if value is not None}
-    values["impl"] = find_impl(args, suite, devices)
+    values["impl"] = find_impl(args, devices)
     values.setdefault("num_workers", num_cores())
     values["env_config"] = merge_config(args)
     values["batch_size"] = values["num_envs"] * values["num_steps"]
@@ -334,9 +333,11 @@ def parse_config(text: str) -> dict[str, Any]:
         return {key: value}
 
 
-def find_impl(args: Args, suite: str, devices: list[jax.Device]) -> str:
+def find_impl(args: Args, devices: list[jax.Device]) -> str:
     """The simulator, --impl or the fastest; exits with code 2 if it cannot do what is asked of it."""
-    impl = args.impl or ("warp" if devices[0].platform == "gpu" else CPU_IMPL[suite])
+    own = ":" in args.env_id  # a task that may read what MuJoCo's engine does not return
+    fastest = {"gpu": "warp", "cpu": "jax" if own else "mujoco"}  # benchmark/results/mujoco_speed.md
+    impl = args.impl or fastest.get(devices[0].platform, "jax")
     if impl != "jax" and args.num_devices * jax.process_count() > 1:
         fail(f"--impl {impl} trains on one device only; use --impl jax")
     if impl == "mujoco":
@@ -1639,6 +1640,20 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(keys), shardings
 
 
+def over_seeds(setup: Setup, function: Callable) -> Callable:
+    """function(setup, *inputs) of one seed as a function of the inputs of all seeds (K, ...)."""
+    one_seed = functools.partial(function, setup)
+    if setup.args.num_seeds > 1:
+        return jax.vmap(one_seed)
+
+    def only_seed(*inputs: Any) -> Any:
+        """Without an axis of one before every matrix product, which slows a CPU by half."""
+        result = one_seed(*jax.tree.map(lambda x: x[0], inputs))
+        return jax.tree.map(lambda x: x[None], result)
+
+    return only_seed
+
+
 def compile_programs(setup: Setup, state: TrainState, shardings: Any) -> Programs:
     """Compile what is done with the training state of all seeds."""
     everywhere = NamedSharding(setup.mesh, P())
@@ -1647,7 +1662,7 @@ def compile_programs(setup: Setup, state: TrainState, shardings: Any) -> Program
     play = play.lower(state).compile()
     if setup.args.evaluate:
         return Programs(None, play)
-    learn = jax.vmap(functools.partial(iterate, setup))
+    learn = over_seeds(setup, iterate)
     learn = jax.jit(learn, out_shardings=(shardings, everywhere), donate_argnums=0)
     return Programs(learn.lower(state).compile(), play)
 

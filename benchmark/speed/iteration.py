@@ -15,9 +15,10 @@ everything else as it is:
 * the chain as a loop in the loss, instead of unrolled;
 * the KL one denoising step after the other, instead of all steps in one batch;
 * the old chains drawn again for the KL, instead of those of the rollout, which is unbiased but another
-  sequential chain.
+  sequential chain;
+* an axis of one in front of everything in the epochs, as that of a single seed would be under vmap.
 
-All but the last compute the same, which is checked. With --whole only the two whole iterations are compiled
+All but the old chains' compute the same, which is checked. With --whole only the two whole iterations are compiled
 and timed, where the rest takes minutes to compile, and it is printed what takes the device's time in each.
 Results go to benchmark/results/iteration_time_{env}_{device}.json.
 """
@@ -111,7 +112,17 @@ def chain_as_loop(
     return SAMPLE_CHAIN(actor, observation, noise)
 
 
+def epochs_of_one_seed(
+    setup: trudi.Setup, learner: trudi.Learner, data: trudi.Batch, key: jax.Array
+) -> tuple[trudi.Learner, trudi.Metrics]:
+    """In place of update_epochs: with an axis of one in front."""
+    inputs = jax.tree.map(lambda x: x[None], (learner, data, key))
+    result = jax.vmap(functools.partial(UPDATE_EPOCHS, setup))(*inputs)
+    return jax.tree.map(lambda x: x[0], result)
+
+
 TRAJECTORY_KL, SAMPLE_CHAIN = trudi.trajectory_kl, trudi.sample_chain
+UPDATE_EPOCHS = trudi.update_epochs
 UNDONE: dict[str, tuple[tuple[Any, str, Callable], ...]] = {
     "as it is": (),
     "whole first layer at every step": (
@@ -121,6 +132,7 @@ UNDONE: dict[str, tuple[tuple[Any, str, Callable], ...]] = {
     "chain as a loop in the loss": ((trudi, "sample_chain", chain_as_loop),),
     "KL one step after the other": ((trudi, "trajectory_kl", kl_in_turn),),
     "old chains drawn again": ((trudi, "trajectory_kl", kl_of_new_chains),),
+    "an axis of one in front": ((trudi, "update_epochs", epochs_of_one_seed),),
 }
 
 

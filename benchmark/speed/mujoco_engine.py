@@ -16,7 +16,6 @@ the last three for both simulators. `share` is the rollout's rate over cores tim
 """
 
 import dataclasses
-import functools
 import json
 import time
 from typing import Any
@@ -125,7 +124,7 @@ def time_script(setup: trudi.Setup, repeats: int) -> tuple[dict[str, float], tru
     program, state, _ = compile_iteration(setup, keys)
     found = {}
     for name, function in (("env.step", simulate), ("rollout", act)):
-        seconds = measure(jax.jit(jax.vmap(functools.partial(function, setup))), (state,), repeats)
+        seconds = measure(jax.jit(trudi.over_seeds(setup, function)), (state,), repeats)
         found[name] = setup.args.batch_size / float(np.median(seconds))
     first = jax.tree.map(np.asarray, state)  # an iteration takes the state
     seconds, _ = measure_iteration(program, state, repeats)

@@ -150,7 +150,7 @@ def measure_parts(
 ) -> tuple[dict[str, list[float]], float]:
     """Seconds of every part but the whole, each a program of its own; the share of environments that ended."""
     functions = (simulate, act, refill, make_batch, update_epochs)
-    programs = [jax.jit(jax.vmap(functools.partial(f, setup))) for f in functions]
+    programs = [jax.jit(trudi.over_seeds(setup, f)) for f in functions]
     data = programs[1](state)
     batch = programs[3](state, data)
     arguments = {
@@ -173,7 +173,8 @@ def compile_iteration(
 ) -> tuple[Callable, trudi.TrainState, dict[str, float]]:
     """`iterate`, compiled as in `trudi_mjx.prepare`; the initial state; seconds of tracing and compiling."""
     whole, split = (NamedSharding(setup.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
-    init, run = (jax.vmap(functools.partial(f, setup)) for f in (trudi.init_state, trudi.iterate))
+    init = jax.vmap(functools.partial(trudi.init_state, setup))
+    run = trudi.over_seeds(setup, trudi.iterate)
     abstract = jax.eval_shape(init, keys)
     num_envs = (setup.args.num_envs,)
     env_state = jax.tree.map(lambda x: split if x.shape[1:2] == num_envs else whole, abstract.env_state)

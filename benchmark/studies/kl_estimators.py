@@ -61,7 +61,7 @@ class Options:
     repeats: int = 20  # timed calls of each estimator
     seed: int = 0  # of the states and the fresh chains
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where to run
-    impl: Literal["jax", "warp"] | None = None  # simulator; another than the run's starts new episodes
+    impl: Literal["jax", "warp", "mujoco"] | None = None  # another than the run's starts new episodes
     output: str = str(RESULTS / "kl_estimators")  # results, without .json, .md and .png
 
 

@@ -15,8 +15,10 @@ SIGMA = 2.5  # the prior's standard deviation
 
 
 def small_args(**changes):
-    """Resolved arguments of a run of toy size."""
+    """Resolved arguments of a run of toy size, with MJX for the small tasks: its programs are kept, the engine's are not."""
     sizes = dict(num_envs=16, num_steps=8, minibatch_size=64, hidden_dim=16, num_eval_envs=4, total_timesteps=1280)
+    if changes.get("env_id", "CartpoleBalance") in trudi.DMC:
+        sizes["impl"] = "jax"
     args = trudi.resolve(trudi.Args(**{"preset": "cpu", **sizes, **changes}))
     trudi.check_args(args)
     return args

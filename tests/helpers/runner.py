@@ -26,7 +26,7 @@ HELPERS = TESTS / "helpers"
 LEAN = HELPERS / "lean"
 PATIENCE = float(os.environ.get("TRUDI_TEST_PATIENCE", "3"))  # times as long as on a quiet machine
 SMALL = ("--preset cpu --num-envs 16 --num-steps 8 --num-epochs 1 --minibatch-size 64 --hidden-dim 16 --num-diffusion-steps 2 "
-         "--num-eval-envs 2 --total-timesteps 5120 --eval-interval 20 --checkpoint-interval 2").split()
+         "--num-eval-envs 2 --total-timesteps 5120 --eval-interval 20 --checkpoint-interval 2 --impl jax").split()
 CLIFF = ("--env-id", "own_tasks:Cliff")  # starts in half the time of a task with physics, and its episodes are short
 TIMES = ("wall_time", "charts/SPS")
 
