@@ -1715,8 +1715,7 @@ def run_training(
         last = done == args.num_iterations
         if done == 1:
             check_contract(updated)
-        bad = not_finite(metrics)
-        due = not bad and (last or done % args.eval_interval == 0)
+        due = (last or done % args.eval_interval == 0) and not not_finite(metrics)
         try:
             envs.check()
             eval_envs.check()

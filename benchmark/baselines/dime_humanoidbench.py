@@ -1585,8 +1585,7 @@ def run_training(
         done += 1
         step = done * args.batch_size
         last = done == args.num_iterations
-        bad = not_finite(metrics)
-        due = not bad and (last or done % args.eval_interval == 0)
+        due = (last or done % args.eval_interval == 0) and not not_finite(metrics)
         try:
             envs.check()
             eval_envs.check()
