@@ -39,17 +39,18 @@ def test_warp_is_of_the_version_that_mjx_wants():
     assert hasattr(types.GraphMode, "WARP")
 
 
-def test_warp_can_be_traced(monkeypatch):
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_warp_can_be_traced(num_seeds, monkeypatch):
     """All that is compiled with --impl warp, the default on a GPU, short of Warp's own kernels. Warp's data can be mapped over
     seeds, but not selected between."""
     monkeypatch.setattr("warp._src.context.Module.load", lambda *_, **__: None)
-    setup = trudi.make_setup(small_args(env_id="HopperHop", impl="warp"))
-    key = jax.ShapeDtypeStruct((2, 2), np.uint32)
+    setup = trudi.make_setup(small_args(env_id="HopperHop", impl="warp", num_seeds=num_seeds))
+    key = jax.ShapeDtypeStruct((num_seeds, 2), np.uint32)
     state = jax.eval_shape(jax.vmap(functools.partial(trudi.init_state, setup)), key)
-    new_state, metrics = jax.eval_shape(jax.vmap(functools.partial(trudi.iterate, setup)), state)
+    new_state, metrics = jax.eval_shape(trudi.over_seeds(setup, trudi.iterate), state)
     assert [x.shape for x in jax.tree.leaves(new_state)] == [x.shape for x in jax.tree.leaves(state)]
     found, _ = jax.eval_shape(jax.vmap(functools.partial(trudi.evaluate, setup), axis_name="seed"), state)
-    assert metrics["losses/actor"].shape == found["eval/episodic_return"].shape == (2,)
+    assert metrics["losses/actor"].shape == found["eval/episodic_return"].shape == (num_seeds,)
 
 
 @pytest.mark.parametrize("env_id", ["CartpoleBalence", "cartpolebalance", "CartpoleBalance1"])

@@ -1477,7 +1477,7 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
 def over_seeds(setup: Setup, function: Callable) -> Callable:
     """function(setup, *inputs) of one seed as a function of the inputs of all seeds (K, ...)."""
     one_seed = functools.partial(function, setup)
-    if setup.args.num_seeds > 1:
+    if setup.args.num_seeds > 1 or setup.args.impl == "warp":  # some of whose arrays all seeds share
         return jax.vmap(one_seed)
 
     def only_seed(*inputs: Any) -> Any:
