@@ -141,6 +141,7 @@ def test_what_a_run_may_change(run, monkeypatch):
     saved = trudi.read_checkpoint(args.resume)
     assert (args.total_timesteps, args.num_iterations, args.eval_mode, args.hidden_dim) == (384, 3, "sde", 16)
     assert set(saved["state"]) == {"a.b", "c"}
+    assert parse(monkeypatch, "--evaluate", run, "--impl", "mujoco").impl == "mujoco"  # test_mjx_runs.py: with what state
 
 
 def test_a_checkpoint_of_something_else(run):

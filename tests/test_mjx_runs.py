@@ -88,8 +88,16 @@ def test_physics_go_on_bit_for_bit(tmp_path):
     trudi.save_checkpoint(tmp_path, state, 128, {})
     (tmp_path / "args.json").write_text(json.dumps({"args": dataclasses.asdict(setup.args), "script": "trudi_mjx"}))
     again, _ = trudi.prepare(setup, trudi.read_checkpoint(str(tmp_path)))
-    for (path, before), after in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(before, after, err_msg=jax.tree_util.keystr(path))
+    assert_same(again, state)
+    # Another simulator, as on a laptop what a GPU has trained: the policy, in new episodes.
+    elsewhere = dataclasses.replace(setup.args, impl="mujoco", evaluate=str(tmp_path))
+    policy, _ = trudi.prepare(trudi.make_setup(elsewhere), trudi.read_checkpoint(str(tmp_path)))
+    assert_same(policy, state._replace(env_state=()))
+
+
+def assert_same(tree, other):
+    for (path, x), y in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 def test_stopped_run_goes_on_and_further(runner, cliff):

@@ -1244,6 +1244,7 @@ MAY_CHANGE = (
     "num_eval_envs checkpoint_interval capture_video track wandb_project_name wandb_entity resume evaluate "
     "batch_size num_iterations"
 ).split()
+EVALUATION_MAY_CHANGE = ("env_id", "env_config", "episode_length", "impl")  # what a policy plays
 
 
 def command_line(values: dict[str, Any]) -> list[str]:
@@ -1293,8 +1294,9 @@ def parse() -> Args:
         fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
     own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
     args = resolve(tyro.cli(Args, default=own))
+    may_change = [*MAY_CHANGE, *EVALUATION_MAY_CHANGE] if args.evaluate else MAY_CHANGE
     for name, value in vars(own).items():
-        if name not in MAY_CHANGE and getattr(args, name) != value:
+        if name not in may_change and getattr(args, name) != value:
             fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
     check_args(args)
     return args
@@ -1469,7 +1471,11 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
     shardings = jax.tree.map(lambda _: everywhere, shapes)
     shardings = shardings._replace(env_state=jax.tree.map(place, shapes.env_state))
     if saved:
-        return jax.device_put(fill_state(shapes, saved["state"]), shardings), shardings
+        arrays = saved["state"]
+        if args.evaluate:  # in new episodes, perhaps of another simulator
+            shapes, shardings = (x._replace(env_state=()) for x in (shapes, shardings))
+            arrays = {name: x for name, x in arrays.items() if not name.startswith("env_state.")}
+        return jax.device_put(fill_state(shapes, arrays), shardings), shardings
     options = {"xla_backend_optimization_level": 0}  # it runs only once: compiling it well would take longer
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(keys), shardings
 

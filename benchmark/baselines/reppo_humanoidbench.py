@@ -220,6 +220,7 @@ MAY_CHANGE = (
     "best_of_k eval_interval num_eval_envs checkpoint_interval capture_video track "
     "wandb_project_name wandb_entity resume evaluate batch_size num_iterations"
 ).split()
+EVALUATION_MAY_CHANGE = ("env_id",)  # what a policy plays
 
 
 def fail(message: str) -> None:
@@ -1431,8 +1432,9 @@ def parse() -> Args:
         fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
     own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
     args = resolve(tyro.cli(Args, default=own))
+    may_change = [*MAY_CHANGE, *EVALUATION_MAY_CHANGE] if args.evaluate else MAY_CHANGE
     for name, value in vars(own).items():
-        if name not in MAY_CHANGE and getattr(args, name) != value:
+        if name not in may_change and getattr(args, name) != value:
             fail(f"{flag(name)} cannot change in a run that exists; it is {value}")
     check_args(args)
     return args
