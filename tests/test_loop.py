@@ -302,7 +302,7 @@ def test_pytorchs_kl_is_that_of_the_old_policys_chains(name):
 # --------------------------------------------------------------------------------------------------------------- seeds
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_a_seed_alone_multiplies_plain_matrices(num_seeds):
-    """Not batches of one, which slow a CPU by half; test_mujoco.py compares the curves of both."""
+    """Not batches of one, which slow a CPU by half; test_mjx_runs.py compares the curves of both."""
     loop = loop_of("trudi_mjx", num_seeds=num_seeds)
     state = jax.tree.map(lambda x: jnp.stack([x] * num_seeds), loop.state)
     text = jax.jit(loop.script.over_seeds(loop.setup, loop.script.iterate)).lower(state).as_text()

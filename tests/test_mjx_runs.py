@@ -250,7 +250,7 @@ def test_humanoid(runner):
     if not meshes().exists():
         pytest.skip(f"G1's meshes are not in {meshes()}")
     sizes = "--num-envs 2 --num-steps 2 --minibatch-size 4 --total-timesteps 8 --num-eval-envs 1".split()
-    folder = runner.train_here("--env-id", "G1JoystickRoughTerrain", *sizes)
+    folder = runner.train_here("--env-id", "G1JoystickRoughTerrain", "--impl", "mujoco", *sizes)
     events = metrics(folder)
     assert [event["step"] for event in events] == [4, 8] and "eval/episodic_return" in events[-1]
     arrays = trudi.read_checkpoint(str(folder))["state"]

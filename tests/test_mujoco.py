@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mujoco import mjx
 from probes import small_args
-from runner import ROOT, Runner, assert_close, curve
+from runner import ROOT, Runner, curve
 
 import trudi_mjx as trudi
 from benchmark.studies import mujoco_agreement
@@ -195,8 +195,8 @@ def runner(tmp_path_factory):
     return Runner(tmp_path_factory.mktemp("mujoco"))
 
 
-def test_video_seeds_and_resume_after_a_kill(runner):
-    """A run that was killed goes on as it would have; a seed's first steps beside another are those of the seed alone."""
+def test_video_and_resume_after_a_kill(runner):
+    """A run that was killed goes on as it would have."""
     flags = ["--impl", "mujoco", "--episode-length", "50", "--eval-interval", "40"]
     straight = runner.train_here(*flags)
     folder, code = runner.interrupt(signal.SIGKILL, *flags)
@@ -205,6 +205,3 @@ def test_video_seeds_and_resume_after_a_kill(runner):
     assert [path.name for path in (folder / "videos").iterdir()] == ["step_5120.mp4"]
     assert curve(folder) == curve(straight)
     assert json.loads((folder / "args.json").read_text())["args"]["impl"] == "mujoco"
-    two = runner.train_here(*flags, "--num-seeds", "2", "--total-timesteps", "384")
-    assert_close(curve(two / "seed_1")[:2], curve(straight), events=2)
-    assert curve(two / "seed_2")[0]["losses/critic"] != curve(straight)[0]["losses/critic"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from loops import Mjx
 from probes import lively_actor, small_args
 
 import trudi_mjx as trudi
@@ -45,11 +46,10 @@ def test_other_states_have_other_steps():
 
 
 def test_the_actor_steps_at_every_second_minibatch():
-    setup = trudi.make_setup(small_args())
-    state = jax.jit(functools.partial(trudi.init_state, setup))(jax.random.PRNGKey(0))
+    loop = Mjx()
     with variants.varied("actor-2"):
-        after, _ = jax.jit(functools.partial(trudi.iterate, setup))(state)
-    args = setup.args
+        after, _ = jax.jit(functools.partial(trudi.iterate, loop.setup))(loop.state)
+    args = loop.setup.args
     minibatches = args.num_epochs * args.batch_size // args.minibatch_size
 
     def count(state):

@@ -308,7 +308,7 @@ def find_impl(args: Args, devices: list[jax.Device]) -> str:
     fastest = {"gpu": "warp", "cpu": "jax" if own else "mujoco"}  # benchmark/results/mujoco_speed.md
     impl = args.impl or fastest.get(devices[0].platform, "jax")
     if impl != "jax" and args.num_devices * jax.process_count() > 1:
-        fail(f"--impl {impl} trains on one device only; use --impl jax")
+        fail(f"--impl {impl} trains on one device only; several (--num-devices, hosts) need --impl jax")
     if impl == "mujoco":
         try:
             import_module("mjbatch")
