@@ -1471,7 +1471,8 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
     if saved:
         arrays = saved["state"]
         if args.evaluate:  # in new episodes, perhaps of another simulator
-            shapes, shardings = (x._replace(env_state=()) for x in (shapes, shardings))
+            shapes = shapes._replace(env_state=())
+            shardings = shardings._replace(env_state=())
             arrays = {name: x for name, x in arrays.items() if not name.startswith("env_state.")}
         return jax.device_put(fill_state(shapes, arrays), shardings), shardings
     options = {"xla_backend_optimization_level": 0}  # it runs only once: compiling it well would take longer
