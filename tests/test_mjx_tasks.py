@@ -46,7 +46,7 @@ def test_warp_can_be_traced(num_seeds, monkeypatch):
     monkeypatch.setattr("warp._src.context.Module.load", lambda *_, **__: None)
     setup = trudi.make_setup(small_args(env_id="HopperHop", impl="warp", num_seeds=num_seeds))
     key = jax.ShapeDtypeStruct((num_seeds, 2), np.uint32)
-    state = jax.eval_shape(jax.vmap(functools.partial(trudi.init_state, setup)), key)
+    state = jax.eval_shape(trudi.over_seeds(setup, trudi.init_state), key)
     new_state, metrics = jax.eval_shape(trudi.over_seeds(setup, trudi.iterate), state)
     assert [x.shape for x in jax.tree.leaves(new_state)] == [x.shape for x in jax.tree.leaves(state)]
     found, _ = jax.eval_shape(jax.vmap(functools.partial(trudi.evaluate, setup), axis_name="seed"), state)

@@ -1622,13 +1622,27 @@ class Programs(NamedTuple):
     evaluate: Callable
 
 
+def over_seeds(setup: Setup, function: Callable) -> Callable:
+    """function(setup, *inputs) of one seed as a function of the inputs of all seeds (K, ...)."""
+    one_seed = functools.partial(function, setup)
+    if setup.args.num_seeds > 1:
+        return jax.vmap(one_seed)
+
+    def only_seed(*inputs: Any) -> Any:
+        """Without an axis of one before every matrix product, which slows a CPU by half."""
+        result = one_seed(*jax.tree.map(lambda x: x[0], inputs))
+        return jax.tree.map(lambda x: x[None], result)
+
+    return only_seed
+
+
 def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
     """The training state of all seeds (K, ...), new or a checkpoint's, and how it lies on the devices."""
     args = setup.args
     everywhere = NamedSharding(setup.mesh, P())
     sharded = NamedSharding(setup.mesh, P(None, "env"))
     keys = np.stack([jax.random.PRNGKey(args.seed + k) for k in range(args.num_seeds)])
-    init = jax.vmap(functools.partial(init_state, setup))
+    init = over_seeds(setup, init_state)
     shapes = jax.eval_shape(init, keys)
 
     def place(shape: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -1645,20 +1659,6 @@ def prepare(setup: Setup, saved: dict[str, Any]) -> tuple[TrainState, Any]:
         return jax.device_put(fill_state(shapes, arrays), shardings), shardings
     options = {"xla_backend_optimization_level": 0}  # it runs only once: compiling it well would take longer
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(keys), shardings
-
-
-def over_seeds(setup: Setup, function: Callable) -> Callable:
-    """function(setup, *inputs) of one seed as a function of the inputs of all seeds (K, ...)."""
-    one_seed = functools.partial(function, setup)
-    if setup.args.num_seeds > 1 or setup.args.impl == "warp":  # some of whose arrays all seeds share
-        return jax.vmap(one_seed)
-
-    def only_seed(*inputs: Any) -> Any:
-        """Without an axis of one before every matrix product, which slows a CPU by half."""
-        result = one_seed(*jax.tree.map(lambda x: x[0], inputs))
-        return jax.tree.map(lambda x: x[None], result)
-
-    return only_seed
 
 
 def compile_programs(setup: Setup, state: TrainState, shardings: Any) -> Programs:

@@ -173,7 +173,7 @@ def compile_iteration(
 ) -> tuple[Callable, trudi.TrainState, dict[str, float]]:
     """`iterate`, compiled as in `trudi_mjx.prepare`; the initial state; seconds of tracing and compiling."""
     whole, split = (NamedSharding(setup.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, "env")))
-    init = jax.vmap(functools.partial(trudi.init_state, setup))
+    init = trudi.over_seeds(setup, trudi.init_state)
     run = trudi.over_seeds(setup, trudi.iterate)
     abstract = jax.eval_shape(init, keys)
     num_envs = (setup.args.num_envs,)

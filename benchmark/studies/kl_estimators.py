@@ -74,7 +74,7 @@ def load(options: Options) -> tuple[trudi.Setup, trudi.TrainState, bool]:
     args = dataclasses.replace(saved, device=options.device, num_devices=1, impl=impl)
     setup = trudi.make_setup(trudi.resolve(args))
     keys = np.stack([jax.random.PRNGKey(saved.seed + k) for k in range(saved.num_seeds)])
-    abstract = jax.eval_shape(jax.vmap(functools.partial(trudi.init_state, setup)), keys)
+    abstract = jax.eval_shape(trudi.over_seeds(setup, trudi.init_state), keys)
     restarted = impl != saved.impl
     if restarted:  # the simulators' states are not interchangeable
         abstract = abstract._replace(env_state=None)
