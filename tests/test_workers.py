@@ -11,7 +11,7 @@ import time
 import gymnasium as gym
 import numpy as np
 import pytest
-from runner import LEAN, ROOT, STANDINS
+from runner import LEAN, PATIENCE, ROOT, STANDINS
 
 import trudi_humanoidbench as trudi
 
@@ -183,7 +183,7 @@ def in_a_process(tmp_path, *lines):
     path.write_text("\n".join(["import trudi_humanoidbench as trudi", "if __name__ == '__main__':", *lines]))
     path_of = f"{ROOT}:{LEAN}:{STANDINS}"
     return subprocess.run([sys.executable, str(path)], env=os.environ | {"PYTHONPATH": path_of}, capture_output=True, text=True,
-                          timeout=60 * float(os.environ.get("TRUDI_TEST_PATIENCE", 1)))
+                          timeout=60 * PATIENCE)
 
 
 def test_a_first_reset_that_hangs_is_told(tmp_path):

@@ -239,15 +239,15 @@ def report(rows: list[dict[str, Any]], gpu: float, cpu: float, machine: str) -> 
         ],
     )
     text = (
-        "Written by `python -m benchmark.speed.estimates`, which says how. No hours were measured on a "
-        f"GPU. GPU-hours are of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
+        "Written by `python -m benchmark.speed.estimates`, which says how. GPU-hours are not measured, but "
+        f"of an A100 or H100 at {gpu / 1e12:.2f} TFLOP/s, the rate that the paper's "
         f"{HUMANOID_HOURS} hours for a humanoid imply, with that simulator's share; where a simulator is "
         f"slower, as HumanoidBench's on a CPU, it takes more. CPU-hours are of {machine}, at "
         f"{cpu / 1e9:.0f} GFLOP/s, measured, and without any simulator. HumanoidBench's simulator, "
         f"measured, takes {simulator_core_hours():,.0f} core-hours besides: with 16 cores to a GPU, that "
         f"waits for {simulator_core_hours() / 16:,.0f} hours."
     )
-    caption = "One run of each task, memory without the simulator's:"
+    caption = "One run of each task, memory without the simulator's (ManiSkill's observations: PushCube's):"
     cited = (
         "Table 2 of the paper (cited, A100 or H100), whose methods do different operations, so that no "
         f"other's hours follow from TruDi's:\n\n{cited_table()}"
