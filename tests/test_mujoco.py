@@ -1,5 +1,6 @@
 """--impl mujoco: MuJoCo's own engine in place of MJX, against MJX and against itself."""
 
+import itertools
 import json
 import signal
 import sys
@@ -74,6 +75,30 @@ def test_results_of_other_tasks_are_kept(tmp_path):
     assert mujoco_agreement.kept(path, ("A",)) == []
     path.write_text(json.dumps({"tasks": [{"task": "A"}, {"task": "B"}]}))
     assert mujoco_agreement.kept(path, ("A", "C")) == [{"task": "B"}]
+
+
+@pytest.mark.parametrize(
+    ("as_it_is", "in_full", "mujoco_return", "height_field", "verdict"),
+    [
+        (1e-3, 1e-3, 9.0, False, "as it is"),
+        (1e-1, 1e-3, 1.2, False, "in full"),
+        (1e-1, 1e-3, 1.5, False, "no"),
+        (1e-1, 1e-1, 1.2, False, "no"),
+        (1e-1, 1e-1, 1.2, True, "in statistics"),
+        (1e-1, 1e-1, 1.5, True, "no"),
+    ],
+)
+def test_verdict(as_it_is, in_full, mujoco_return, height_field, verdict):
+    """Returns of 1.0 and 1.2 are two standard errors of their difference apart, of 1.0 and 1.5 five."""
+
+    def differences(x):
+        names = itertools.product(("one step", "50 steps"), ("obs", "reward"))
+        return {f"{name}, {what}": x for name, what in names}
+
+    same = {"length, mujoco": [9.0, 0.1], "length, jax": [9.0, 0.1]}
+    result = {"as it is": differences(as_it_is), "in full": differences(in_full), "height field": height_field}
+    result["episodes"] = {"return, mujoco": [mujoco_return, 0.06], "return, jax": [1.0, 0.08], **same}
+    assert mujoco_agreement.verdict(result) == verdict
 
 
 def test_only_its_own_task_is_stepped_by_it():

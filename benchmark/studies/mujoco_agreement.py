@@ -12,10 +12,11 @@ not touch). They are compared as the task is, and if they do not agree within th
 without what Playground spares MJX: with solvers that may iterate until they converge (100 iterations, 50 of the
 line search) and with all contacts (some models have MJX keep the closest few, so that legs pass through each
 other; MuJoCo keeps all).
-A task passes if it agrees as it is; or in full, if return and length of episodes of random actions, as the task
-is, are within three standard errors of their difference too. Results go to
-benchmark/results/mujoco_agreement.json and .md, where those of other tasks are kept; the exit code is 1 if a
-task does not pass.
+A task agrees as it is; or in full, if return and length of episodes of random actions, as the task is, are within
+three standard errors of their difference too; or, on a height field, in these statistics alone, since there MJX
+keeps at most four points of a foot with the ground, and MuJoCo one with each prism of it, which are more.
+Results go to benchmark/results/mujoco_agreement.json and .md, where those of other tasks are kept; the exit code
+is 1 if a task does not agree.
 """
 
 import dataclasses
@@ -159,10 +160,20 @@ def compare(env_id: str, options: Options) -> dict[str, Any]:
     if not within(result["as it is"]):
         result["in full"] = compare_steps(env_id, options.num_envs, full=True)
         result["episodes"] = compare_episodes(env_id, options)
-    result["passes"] = within(result["as it is"]) or (
-        within(result["in full"]) and all(agree(result["episodes"], x) for x in ("return", "length"))
-    )
+        result["height field"] = make(env_id, "jax", full=False).env.mj_model.nhfield > 0
+    result["agrees"] = verdict(result)
     return result
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """How far a task agrees: as it is, in full, in statistics, or no."""
+    if within(result["as it is"]):
+        return "as it is"
+    if not all(agree(result["episodes"], name) for name in ("return", "length")):
+        return "no"
+    if within(result["in full"]):
+        return "in full"
+    return "in statistics" if result["height field"] else "no"
 
 
 def as_markdown(results: list[dict[str, Any]]) -> str:
@@ -176,7 +187,7 @@ def as_markdown(results: list[dict[str, Any]]) -> str:
         for name in ("return", "length"):
             both = [result.get("episodes", {}).get(f"{name}, {impl}") for impl in ("mujoco", "jax")]
             row.append("" if both[0] is None else " and ".join(f"{x:.2f} ± {e:.2f}" for x, e in both))
-        rows.append((*row, "yes" if result["passes"] else "no"))
+        rows.append((*row, result["agrees"]))
     return markdown_table(
         (
             "task",
@@ -213,7 +224,7 @@ def main() -> None:
             as_markdown(results) + f"\nOn {cpu_name()}, {options.num_envs} simulations of each task.\n"
         )
     print(page.read_text())
-    sys.exit(not all(result["passes"] for result in results))
+    sys.exit(any(result["agrees"] == "no" for result in results))
 
 
 if __name__ == "__main__":
