@@ -70,6 +70,22 @@ def test_playground_has_mjx_leave_out_contacts(full):
     assert ([2, 4] in contact.geom[contact.dist < 0].tolist()) == full
 
 
+@pytest.mark.parametrize(("geoms", "other"), [("plane box", True), ("plane capsule", False), ("plane sphere", False)])
+def test_mjx_keeps_the_deepest_corners_of_a_box_only(geoms, other):
+    """A foot 30 degrees askew, deep in the floor: MuJoCo has all four corners. G1's feet are boxes."""
+    floor, foot = geoms.split()
+    model = mujoco.MjModel.from_xml_string(f"""<mujoco><worldbody><geom name="floor" type="{floor}" size="9 9 9"/>
+        <body pos="0 0 -.5"><freejoint/><geom name="foot" type="{foot}" size=".1 .1 .1" euler="30 0 0"/></body></worldbody>
+        <contact><pair geom1="floor" geom2="foot"/></contact></mujoco>""")
+    assert mujoco_agreement.other_contacts(model) == other
+    own = mujoco.MjData(model)
+    mujoco.mj_forward(model, own)
+    model_mjx = mjx.put_model(model, impl="jax")
+    data = mjx.kinematics(model_mjx, mjx.make_data(model, impl="jax"))
+    contact = mjx.collision(model_mjx, data)._impl.contact
+    assert ((contact.dist < 0).sum() < own.ncon) == other
+
+
 def test_results_of_other_tasks_are_kept(tmp_path):
     path = tmp_path / "agreement.json"
     assert mujoco_agreement.kept(path, ("A",)) == []
@@ -78,7 +94,7 @@ def test_results_of_other_tasks_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("as_it_is", "in_full", "mujoco_return", "height_field", "verdict"),
+    ("as_it_is", "in_full", "mujoco_return", "other_contacts", "verdict"),
     [
         (1e-3, 1e-3, 9.0, False, "as it is"),
         (1e-1, 1e-3, 1.2, False, "in full"),
@@ -88,7 +104,7 @@ def test_results_of_other_tasks_are_kept(tmp_path):
         (1e-1, 1e-1, 1.5, True, "no"),
     ],
 )
-def test_verdict(as_it_is, in_full, mujoco_return, height_field, verdict):
+def test_verdict(as_it_is, in_full, mujoco_return, other_contacts, verdict):
     """Returns of 1.0 and 1.2 are two standard errors of their difference apart, of 1.0 and 1.5 five."""
 
     def differences(x):
@@ -96,7 +112,7 @@ def test_verdict(as_it_is, in_full, mujoco_return, height_field, verdict):
         return {f"{name}, {what}": x for name, what in names}
 
     same = {"length, mujoco": [9.0, 0.1], "length, jax": [9.0, 0.1]}
-    result = {"as it is": differences(as_it_is), "in full": differences(in_full), "height field": height_field}
+    result = {"as it is": differences(as_it_is), "in full": differences(in_full), "other contacts": other_contacts}
     result["episodes"] = {"return, mujoco": [mujoco_return, 0.06], "return, jax": [1.0, 0.08], **same}
     assert mujoco_agreement.verdict(result) == verdict
 
