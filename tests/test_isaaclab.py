@@ -3,6 +3,7 @@ is test_parity.py's, word by word."""
 
 import dataclasses
 import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -173,6 +174,28 @@ def test_evaluation_counts_the_first_episode_of_each(tmp_path):
     assert len(setup.env.env.actions) == 3  # all have ended
 
 
+def test_an_episode_without_end_is_evaluated_up_to_the_time_limit(tmp_path):
+    """Some tasks have no time-out, some set the clock back at each success."""
+    fake = Counters(ends=(2, 99))
+    fake.late_after = 99
+    setup, state, _ = prepared(fake)
+    metrics = trudi.averages(trudi.evaluate(setup, state, tmp_path))
+    assert metrics["eval/episodic_return"] == (3 + 21) / 2
+    assert metrics["eval/episodic_length"] == (2 + 6) / 2
+
+
+@pytest.mark.parametrize("kind", ["3.0", "mjlab"])
+def test_curricula_judge_no_episode_that_is_broken_off(kind, tmp_path):
+    """Terrains would get easier with every evaluation, for robots that had no time to walk."""
+    fake = Counters(kind, ends=(2, 3))
+    setup, state, _ = prepared(fake)
+    assert fake.judged == [None]  # the start
+    trudi.evaluate(setup, state, tmp_path)
+    assert len(fake.judged) == 3 and not any(ids is None for ids in fake.judged[1:])  # at steps 2 and 3
+    fake.reset()
+    assert len(fake.judged) == 4  # as before
+
+
 def test_clocks_start_spread_out():
     env = Counters(ends=[99] * 60)
     setup, _, _ = prepared(env)
@@ -234,6 +257,31 @@ def test_a_metric_that_is_not_finite_ends_the_run(tmp_path, capsys):
     assert "iteration 1: losses/critic, losses/actor" in err
     assert list((run / "diverged" / "checkpoints").glob("*.pt"))
     assert not (run / "checkpoints").exists()
+
+
+def test_a_signal_during_an_evaluation_ends_the_run_after_it(tmp_path, monkeypatch):
+    setup, state, programs = prepared(Counters(), log_dir=str(tmp_path), checkpoint_interval=50)
+    whole = trudi.evaluate
+
+    def interrupted(*inputs):
+        signal.raise_signal(signal.SIGTERM)
+        return whole(*inputs)
+
+    monkeypatch.setattr(trudi, "evaluate", interrupted)
+    assert trudi.train(setup, programs, state, {}) == 128 + signal.SIGTERM
+    (path,) = tmp_path.glob("*/checkpoints/*.pt")
+    assert path.stem == "32"  # of two iterations, the interval of evaluations
+
+
+def test_checkpoints_are_those_named_by_steps(tmp_path):
+    _, state, _ = prepared(Counters())
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").write_text("a user's copy")
+    for step in range(16, 96, 16):
+        trudi.save_checkpoint(tmp_path, state, step, 0.0)
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(names) == ["48.pt", "64.pt", "80.pt", "best.pt"]
+    assert trudi.read_checkpoint(str(tmp_path))["iteration"] == 0
 
 
 def test_metrics_of_any_name_are_watched():

@@ -69,6 +69,11 @@ def test_unknown_tasks():
     assert "Mjlab-Cartpole-Balance" in refused("--env-id", "Mjlab-Cartpole-Balanc", *FLAGS)
     assert "Mjlab-Short-Cartpole" in refused("--env-id", "mjlab_tasks:Mjlab-Shrt-Cartpole", *FLAGS)
     assert "no_such_module" in refused("--env-id", "no_such_module:Mjlab-Task", *FLAGS)
+    assert "cannot be imported" in refused("--env-id", "json.no_such:Mjlab-Task", *FLAGS)
+
+
+def test_mjlab_has_one_engine():
+    assert "mjlab's tasks have one engine" in refused(*CARTPOLE, "--physics", "newton_mjwarp", *FLAGS)
 
 
 def test_missing_simulators(monkeypatch, capsys):
@@ -107,11 +112,11 @@ def test_damaged_checkpoints(damage, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "space", [dict(shape=()), dict(shape=(2,), nvec=[3, 3]), dict(shape=None), dict(shape=(2, 2))], ids=str
+    "space", [dict(shape=()), dict(shape=(2,), nvec=[3, 3]), dict(shape=None), dict(shape=(2, 2)), dict()], ids=str
 )
 def test_actions_that_are_no_vectors(space, capsys):
     fake = Counters()
-    fake.single_action_space = SimpleNamespace(**space)
+    fake.single_action_space = SimpleNamespace(**space) if space else None  # as if there were several agents
     with pytest.raises(SystemExit) as stop:
         prepared(fake)
     assert "continuous actions" in refusal(stop.value.code, capsys.readouterr().err)
@@ -123,3 +128,11 @@ def test_groups_that_are_no_vectors(capsys):
     with pytest.raises(SystemExit) as stop:
         prepared(env)
     assert "vectors" in refusal(stop.value.code, capsys.readouterr().err)
+
+
+def test_groups_of_other_names(capsys):
+    env = Counters()
+    env.observe = lambda prefix="": {"vision": torch.zeros(2, 3)}
+    with pytest.raises(SystemExit) as stop:
+        prepared(env)
+    assert "policy or actor, not vision" in refusal(stop.value.code, capsys.readouterr().err)

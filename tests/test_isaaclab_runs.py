@@ -113,9 +113,9 @@ class OldRunner(IsaacLabRunner):
 
     small, path = FLAGS, (STANDINS / "isaaclab23", STANDINS)
 
-    def start(self, *flags):
+    def start(self, *flags, **environment):
         flags = ("--env-id", "Isaac-Velocity-Flat-G1", "--device", "cpu", *flags)
-        return super().start(*flags, JOURNAL=str(self.folder / "journal"))
+        return super().start(*flags, JOURNAL=str(self.folder / "journal"), **environment)
 
 
 def test_kit_starts_before_pytorch_and_is_closed_last(tmp_path):
@@ -129,6 +129,15 @@ def test_kit_starts_before_pytorch_and_is_closed_last(tmp_path):
     assert [event["step"] for event in metrics(run)] == [16, 32, 48, 64]
     assert "Episode_Reward/count" in metrics(run)[-1]
     assert (run / "checkpoints" / "64.pt").exists()
+
+
+def test_kit_does_not_hide_how_a_run_ended(tmp_path):
+    """It would end the process with exit code 0 while the error is on its way to the terminal."""
+    _, error = OldRunner(tmp_path).run(*FLAGS, code=1, ROBOT="falls")
+    assert error.endswith("ZeroDivisionError: the robot fell through the floor\n")
+    _, error = OldRunner(tmp_path).run(*FLAGS, "--env-id", "Isaac-Velocity-Flat-G2", code=2)
+    assert "the nearest installed are Isaac-Velocity-Flat-G1-v0" in error
+    assert "app.close" not in (tmp_path / "journal").read_text()
 
 
 def test_kit_does_not_start_for_bad_input(tmp_path):

@@ -252,6 +252,17 @@ BAD = {
 }
 
 
+def test_a_place_where_no_runs_can_be(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "scratch")
+    for name in ("file", "link"):
+        assert f"--log-dir {tmp_path / name} is no folder" in refused("--preset", "cpu", "--log-dir", str(tmp_path / name))
+
+
+def test_a_run_is_continued_or_evaluated(run):
+    assert "give one of them" in refused("--resume", str(run), "--evaluate", str(run))
+
+
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_refused_in_one_line(flags):
     assert BAD[flags] in refused("--preset", "cpu", *flags.split())

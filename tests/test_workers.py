@@ -76,6 +76,14 @@ def test_inactive_environments_stay_as_they_are(simulators):
     assert envs.slots["observation"].tolist() == [[0, 1]] * 4 and envs.slots["active"].all()
 
 
+def test_an_environment_may_keep_its_action(simulators):
+    """As one with a penalty for jerks or with late actuators does; the next one comes in the same memory."""
+    envs = simulators("faulty:Remembers-v0", 2, 1)
+    envs.reset(1)
+    rewards = [envs.step(np.full((2, 1), action))["reward"].tolist() for action in (0.5, -0.5, 0.25)]
+    assert rewards == [[0.5] * 2, [1.0] * 2, [0.75] * 2]
+
+
 def test_seeds(simulators):
     """Environments differ, even in what comes from NumPy's global generator, and can be repeated."""
     for env_id in ("Hopper-v5", "faulty:Draws-v0"):
@@ -218,7 +226,7 @@ def test_without_affinity_of_processes(monkeypatch, capsys):
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "on_macos", script)
     spec.loader.exec_module(script)
-    assert script.resolve(script.Args("Hopper-v5")).num_workers == os.cpu_count()
+    assert script.num_cores() == os.cpu_count()
     with pytest.raises(SystemExit) as stop:
         script.resolve(script.Args("Hopper-v5", pin_workers=True))
     assert stop.value.code == 2 and "--pin-workers needs Linux" in capsys.readouterr().err

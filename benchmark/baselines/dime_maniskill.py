@@ -131,7 +131,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Table 5, or small ones for two CPU cores"""
     reward_mode: Literal["normalized_dense", "dense", "sparse"] | None = None
-    """the task's reward; default: normalized_dense if the task has it"""
+    """the task's reward; default: normalized_dense, for PlugCharger-v1, which has no dense one, sparse"""
     log_dir: str = "runs"
     """parent of the run folders"""
 
@@ -145,7 +145,7 @@ class Args:
     minibatch_size: int | None = None
     """states in a gradient step, over all processes (paper: 2048)"""
     gamma: float | None = None
-    """discount (paper: 0.99, which does not fit its atoms; here 1 - 10 / time limit)"""
+    """discount; default: 1 - 10 / time limit of ManiSkill's tasks, 0.8 of others (paper: 0.99, see PAPER)"""
     td_lambda: float = 0.95
     """lambda of the critic's lambda-returns"""
     actor_learning_rate: float | None = None
@@ -1110,14 +1110,14 @@ SAVED = "actor critic log_duals actor_optimizer critic_optimizer dual_optimizer"
 
 def checkpoints(run: str | pathlib.Path) -> list[pathlib.Path]:
     """A run's checkpoints, the newest last."""
-    return sorted(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
+    paths = [path for path in pathlib.Path(run, "checkpoints").glob("*.pt") if path.stem.isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem))
 
 
 def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
     """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
-    names = [path.stem for path in (run / "checkpoints").glob("*.pt")]
-    steps = [int(name) for name in names if name.isdigit()]
-    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    kept = checkpoints(run)
+    last = f"its last whole checkpoint is of step {kept[-1].stem}" if kept else "it has no checkpoint"
     reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
     print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
     os._exit(1)  # without waiting for threads that cannot write either
@@ -1129,9 +1129,9 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     content |= state.statistics._asdict()
     content |= {"iteration": state.iteration, "wall_time": wall_time}
     folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "unfinished"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         torch.save(content, unfinished)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
@@ -1311,13 +1311,26 @@ def read_args(run: str) -> Args:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
+def make_log_dir(args: Args) -> None:
+    """Make the parent of the run folders; exits with code 2 if there can be none."""
+    try:
+        pathlib.Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
+    if not os.access(args.log_dir, os.W_OK):
+        fail(f"--log-dir {args.log_dir} cannot be written to")
+
+
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
     given = tyro.cli(Args)
+    if given.resume and given.evaluate:
+        fail("--resume trains a run further, --evaluate does not train; give one of them")
     run = given.resume or given.evaluate
     if not run:
         args = resolve(given)
         check_args(args)
+        make_log_dir(args)
         return args
     own = read_args(run)
     # What makes code run is the user's to say, not the folder's, which may be a stranger's.
@@ -1341,7 +1354,11 @@ def open_device(args: Args) -> torch.device:
     torch.set_num_threads(1)
     if args.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if index >= count:
+        fail(f"torchrun's --nproc-per-node is more than the {count} GPUs of this machine")
+    device = torch.device(f"cuda:{index}")
     torch.cuda.set_device(device)
     return device
 
@@ -1508,6 +1525,7 @@ def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, 
         if not bad and not stop and (last or done % args.eval_interval == 0):
             metrics |= averages(evaluate(setup, state, folder))
             bad = not_finite(metrics)
+            stop = largest(received[0] if received else 0)
         wall_time = time.perf_counter() - started
         log(step, wall_time, metrics)
         print_progress(args, metrics, done, wall_time)

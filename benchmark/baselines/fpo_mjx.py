@@ -264,7 +264,6 @@ def resolve(args: Args) -> Args:
         values |= CPU_HUMANOID
     values |= {name: value for name, value in vars(args).items() if value is not None}
     values["impl"] = find_impl(args, devices)
-    values.setdefault("num_workers", num_cores())
     values["env_config"] = merge_config(args)
     values["batch_size"] = values["num_envs"] * values["num_steps"]
     values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
@@ -626,7 +625,7 @@ def use_mujoco(env: Any, args: Args) -> None:
     mjx.forward = forward
     mjx_env.step = step
     try:
-        engine = MujocoEngine(env.mj_model, args.num_workers)
+        engine = MujocoEngine(env.mj_model, args.num_workers or num_cores())
         sim = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
         jax.eval_shape(env.step, sim, jnp.zeros(env.action_size))
     except (AttributeError, KeyError) as error:
@@ -1278,13 +1277,26 @@ def read_args(run: str) -> Args:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
+def make_log_dir(args: Args) -> None:
+    """Make the parent of the run folders; exits with code 2 if there can be none."""
+    try:
+        pathlib.Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
+    if not os.access(args.log_dir, os.W_OK):
+        fail(f"--log-dir {args.log_dir} cannot be written to")
+
+
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
     given = tyro.cli(Args)
+    if given.resume and given.evaluate:
+        fail("--resume trains a run further, --evaluate does not train; give one of them")
     run = given.resume or given.evaluate
     if not run:
         args = resolve(given)
         check_args(args)
+        make_log_dir(args)
         return args
     own = read_args(run)
     # What makes code run is the user's to say, not the folder's, which may be a stranger's.

@@ -47,7 +47,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from importlib import import_module, metadata, util
 from typing import Any, Literal, NamedTuple
@@ -193,6 +194,8 @@ EVALUATION_MAY_CHANGE = ("env_id",)  # what a policy plays
 def resolve(args: Args) -> Args:
     """Fill in what depends on preset and task; exit with code 2 on what cannot run."""
     check_simulator(args.env_id)
+    if args.physics and of_mjlab(args.env_id):
+        fail(f"--physics {args.physics} is Isaac Lab's; mjlab's tasks have one engine")
     name = args.env_id.removesuffix("-v0").replace("Repose", "Reorient")  # as in Isaac Lab 3.0
     values = PRESET[args.preset] | TASK_SETTINGS.get(name, {})
     values |= {name: value for name, value in vars(args).items() if value is not None}
@@ -312,13 +315,26 @@ def read_args(run: str) -> Args:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
+def make_log_dir(args: Args) -> None:
+    """Make the parent of the run folders; exits with code 2 if there can be none."""
+    try:
+        pathlib.Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
+    if not os.access(args.log_dir, os.W_OK):
+        fail(f"--log-dir {args.log_dir} cannot be written to")
+
+
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
     given = tyro.cli(Args)
+    if given.resume and given.evaluate:
+        fail("--resume trains a run further, --evaluate does not train; give one of them")
     run = given.resume or given.evaluate
     if not run:
         args = resolve(given)
         check_args(args)
+        make_log_dir(args)
         return args
     own = read_args(run)
     # What makes code run is the user's to say, not the folder's, which may be a stranger's.
@@ -390,14 +406,16 @@ class IsaacLab:
         for x in groups.values():
             if not isinstance(x, Tensor) or x.ndim != 2:
                 fail(f"{args.env_id} must have vectors for observation groups")
-        space = env.single_action_space
-        if len(space.shape or ()) != 1 or hasattr(space, "nvec"):  # which numbers of choices have
+        space = getattr(env, "single_action_space", None)  # which several agents have not
+        if len(getattr(space, "shape", None) or ()) != 1 or hasattr(space, "nvec"):  # numbers of choices
             fail(f"{args.env_id} must have continuous actions, a vector of them")
         self.args = args
         self.env = env
         self.time_limit = env.max_episode_length
         self.finite_horizon = getattr(env.cfg, "is_finite_horizon", False)  # time-outs belong to the task
         self.groups = [name for name in ("policy", "actor", "critic") if name in groups]
+        if not self.groups:
+            fail(f"{args.env_id} must have an observation group policy or actor, not {', '.join(groups)}")
         self.actor_sees = groups[self.groups[0]].shape[-1]
         self.critic_sees = groups[self.groups[-1]].shape[-1]  # the same group if there is but one
         self.observation = self.observe(groups)  # (E, O), to act on next
@@ -417,13 +435,26 @@ class IsaacLab:
 
     def reset(self, spread: bool) -> None:
         """Start all episodes; `spread` starts clocks anywhere in one, so that time-outs do not coincide."""
-        groups, _ = self.env.reset()
+        with self.keep_curriculum():
+            groups, _ = self.env.reset()
         self.observation = self.observe(groups)
         # (E, 2), return and length so far; NaN in an episode that was not seen from its start.
         self.episode = self.observation.new_full((len(self.observation), 2), torch.nan if spread else 0.0)
         self.ended: list[Tensor] = []  # (E, 2) a step, the episodes that ended; NaN where none did
         self.logs: dict[str, list[Tensor]] = {}  # the simulator's own metrics of them
         self.env.episode_length_buf.random_(self.time_limit if spread else 1)
+
+    @contextlib.contextmanager
+    def keep_curriculum(self) -> Iterator[None]:
+        """Resets in it change no curriculum, which would take broken-off episodes for whole ones."""
+        manager = getattr(self.env.unwrapped, "curriculum_manager", None)
+        if manager is None:
+            yield
+            return
+        compute = manager.compute
+        manager.compute = lambda *_, **__: None
+        yield
+        manager.compute = compute
 
     def step(self, action: Tensor) -> Outcome:
         """Step, end and restart episodes; actions (E, A)."""
@@ -436,7 +467,7 @@ class IsaacLab:
         self.observation = after.clone()
         self.episode = self.episode + torch.stack([reward, torch.ones_like(reward)], -1)
         self.ended.append(torch.where(ended[:, None], self.episode, torch.nan))
-        if bool(ended.any()):  # the only read from the device
+        if bool(ended.any()):  # a read from the device; mjlab takes another to restart episodes
             after = self.restart_ended(ended, before, after, extras)
             self.log(extras.get("log", {}))  # which mjlab fills in as it restarts them
         return Outcome(reward, terminated, ended & ~terminated, after)
@@ -446,7 +477,7 @@ class IsaacLab:
         self.episode[ended] = 0.0
         if not getattr(self.env.cfg, "auto_reset", True):  # mjlab
             groups, _ = self.env.reset(env_ids=ended.nonzero()[:, 0])
-            self.observation[ended] = self.observe(groups)[ended]
+            self.observation = torch.where(ended[:, None], self.observe(groups), self.observation)
             return after
         # Isaac Lab 2.3 does not tell how an episode ended: a time-out bootstraps from the state before.
         last = self.observe(extras["final_obs"]) if "final_obs" in extras else before
@@ -455,15 +486,18 @@ class IsaacLab:
     def log(self, metrics: dict[str, Any]) -> None:
         """Keep the simulator's own metrics of the episodes that ended at a step."""
         for name, value in metrics.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.observation.device)
-            self.logs.setdefault(name, []).append(value.mean())
+            value = value.float().mean() if isinstance(value, Tensor) else float(value)
+            self.logs.setdefault(name, []).append(value)
 
     def episode_metrics(self) -> Metrics:
-        """Of this process's episodes that ended since the last call; without any there are no means."""
-        metrics = {name: torch.stack(values).mean() for name, values in self.logs.items()}
-        episodes = torch.stack(self.ended)  # (T, E, 2)
+        """Of all episodes that ended since the last call; without any there are no means."""
+        metrics = {}
+        for name, values in self.logs.items():
+            mean = torch.stack(values).mean() if isinstance(values[0], Tensor) else np.mean(values)
+            metrics[name] = torch.as_tensor(mean, dtype=torch.float32, device=self.observation.device)
+        episodes = everywhere(torch.stack(self.ended, 1))  # (E, T, 2)
         whole = episodes[..., 1].isfinite()
-        metrics["charts/episodes"] = whole.sum() * WORLD  # `averages` makes it all processes'
+        metrics["charts/episodes"] = whole.sum()
         if whole.any():
             mean = episodes[whole].mean(0)
             metrics["charts/episodic_return"] = mean[0]
@@ -488,6 +522,7 @@ class IsaacLab:
             first = torch.where(first[:, 1:].isnan(), self.ended[-1], first)
             if first[:, 1].isfinite().all():
                 break
+        first = torch.where(first[:, 1:].isnan(), self.episode, first)  # that go on beyond the time limit
         if film:
             path = folder / "videos" / f"step_{iteration * self.args.batch_size}.mp4"
             path.parent.mkdir(exist_ok=True)
@@ -511,7 +546,10 @@ def find_task(env_id: str, registered: Callable) -> str:
     """A task's name in what is installed, after its module is imported; exits with code 2 without one."""
     module, _, name = env_id.rpartition(":")
     if module:
-        import_module(module)
+        try:
+            import_module(module)
+        except ImportError as error:
+            fail(f"--env-id {env_id}: {module} cannot be imported ({error})")
     new_name = name.removesuffix("-v0").replace("Repose", "Reorient")  # in Isaac Lab 3.0
     old_name = name.replace("Reorient", "Repose") + "-v0"  # in 2.3
     tasks = registered()
@@ -531,12 +569,15 @@ def make_mjlab(args: Args, device: str, seed: int, stack: ExitStack) -> Any:
     cfg.scene.num_envs = args.num_envs // WORLD
     cfg.seed = seed
     cfg.auto_reset = False  # only so does it say how episodes end
-    env = envs.ManagerBasedRlEnv(cfg, device, "rgb_array" if args.capture_video else None)
+    try:
+        env = envs.ManagerBasedRlEnv(cfg, device, "rgb_array" if args.capture_video else None)
+    except OSError as error:  # some want a file, of motions for instance
+        fail(f"--env-id {args.env_id} cannot be made ({type(error).__name__}: {error})")
     return stack.enter_context(closing(env))
 
 
 def make_isaaclab(args: Args, device: str, seed: int, kit: Any, stack: ExitStack) -> Any:
-    """This process's environments of Isaac Lab; the stack closes them, then their simulator."""
+    """This process's environments of Isaac Lab; the stack closes them, and 3.0's simulator."""
     gym = import_module("gymnasium")
     tasks = import_module("isaaclab_tasks.utils")
     name = find_task(args.env_id, gym.registry.keys)
@@ -544,15 +585,14 @@ def make_isaaclab(args: Args, device: str, seed: int, kit: Any, stack: ExitStack
     try:
         cfg = tasks.parse_env_cfg(name, device=device, num_envs=args.num_envs // WORLD, **engine)
     except (TypeError, ValueError) as error:  # the former of 2.3, which has one engine
-        fail(f"--physics {args.physics} is not to be had for {name}: {error}")
+        what = f"--physics {args.physics}" if args.physics else "its configuration"
+        fail(f"{name} cannot be made, for {what} ({error})")
     cfg.seed = seed
     cfg.compute_final_obs = True  # unread by 2.3
     if args.capture_video and not kit:
         viewer = import_module("isaaclab_visualizers.newton").NewtonGLVisualizerCfg
         cfg.sim.visualizer_cfgs = [viewer(headless=True, window_width=640, window_height=480)]
-    if kit:
-        stack.enter_context(closing(kit))  # which may end the process when it is closed
-    else:
+    if not kit:
         launch_simulation = import_module("isaaclab.app").launch_simulation
         stack.enter_context(launch_simulation(cfg, {"device": device}))
     env = gym.make(name, cfg=cfg, render_mode="rgb_array" if kit and args.capture_video else None)
@@ -993,14 +1033,14 @@ SAVED = "actor critic actor_optimizer critic_optimizer".split()  # of a Learner
 
 def checkpoints(run: str | pathlib.Path) -> list[pathlib.Path]:
     """A run's checkpoints, the newest last."""
-    return sorted(pathlib.Path(run, "checkpoints").glob("*.pt"), key=lambda path: int(path.stem))
+    paths = [path for path in pathlib.Path(run, "checkpoints").glob("*.pt") if path.stem.isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem))
 
 
 def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
     """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
-    names = [path.stem for path in (run / "checkpoints").glob("*.pt")]
-    steps = [int(name) for name in names if name.isdigit()]
-    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    kept = checkpoints(run)
+    last = f"its last whole checkpoint is of step {kept[-1].stem}" if kept else "it has no checkpoint"
     reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
     print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
     os._exit(1)  # without waiting for threads that cannot write either
@@ -1012,9 +1052,9 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, step: int, wall_time: 
     content |= state.statistics._asdict()
     content |= {"iteration": state.iteration, "wall_time": wall_time}
     folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "unfinished"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         torch.save(content, unfinished)
     except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
@@ -1178,7 +1218,11 @@ def open_device(args: Args) -> torch.device:
     torch.set_num_threads(1)
     if args.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if index >= count:
+        fail(f"torchrun's --nproc-per-node is more than the {count} GPUs of this machine")
+    device = torch.device(f"cuda:{index}")
     torch.cuda.set_device(device)
     return device
 
@@ -1347,6 +1391,7 @@ def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, 
         if not bad and not stop and (last or done % args.eval_interval == 0):
             metrics |= averages(evaluate(setup, state, folder))
             bad = not_finite(metrics)
+            stop = largest(received[0] if received else 0)
         wall_time = time.perf_counter() - started
         log(step, wall_time, metrics)
         print_progress(args, metrics, done, wall_time)
@@ -1390,14 +1435,41 @@ def run(args: Args, kit: Any, stack: ExitStack) -> int:
     return code
 
 
+def end_with_kit(kit: Any, code: int) -> None:
+    """End the process. Kit would do so when it is closed, with exit code 0 whatever has happened."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    kit.close()
+
+
+def tell(error: BaseException) -> int:
+    """Print what ended a run, as Python would at its end; returns the exit code."""
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+        return 1
+    if isinstance(error.code, str):
+        print(error.code, file=sys.stderr)
+        return 1
+    return error.code or 0
+
+
 def main(args: Args, kit: Any) -> None:
     """Run, then close the environments and their simulator."""
     check_device(args.device)
-    with ExitStack() as stack:
-        code = run(args, kit, stack)
-        if args.track and RANK == 0:
-            import_module("wandb").finish()  # all is written before Kit, closing, may end the process
-        sys.exit(code)
+    try:
+        with ExitStack() as stack:
+            code = run(args, kit, stack)
+    except BaseException as error:
+        if not kit:
+            raise
+        code = tell(error)
+    if args.track and RANK == 0:
+        import_module("wandb").finish()
+    if kit:
+        end_with_kit(kit, code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

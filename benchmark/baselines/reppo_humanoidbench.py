@@ -273,7 +273,6 @@ def resolve(args: Args) -> Args:
         fail("--pin-workers needs Linux, whose scheduler can be told to keep a process on a core")
     values = SUITE[suite] | PRESET[args.preset]
     values |= {name: value for name, value in vars(args).items() if value is not None}
-    values.setdefault("num_workers", num_cores())
     values["batch_size"] = values["num_envs"] * values["num_steps"]
     values["num_iterations"] = values["total_timesteps"] // max(values["batch_size"], 1)
     return dataclasses.replace(args, **values)
@@ -514,7 +513,7 @@ def step_slots(envs: list[EnvSlot]) -> None:
 
 def step_slot(env: gym.Env, slot: np.void) -> None:
     """Step an environment; where its episode ends, the next one starts."""
-    observation, reward, terminated, truncated, info = env.step(slot["action"])
+    observation, reward, terminated, truncated, info = env.step(slot["action"].copy())  # which it may keep
     put(slot, "observation", observation, ended=terminated)
     put(slot, "reward", reward)
     slot["next_observation"] = slot["observation"]
@@ -588,7 +587,7 @@ class Simulators:
         self.context = multiprocessing.get_context("forkserver")
         self.memory = self.context.RawArray("b", num_envs * dtype.itemsize)
         self.slots = np.frombuffer(self.memory, dtype)
-        num_workers = min(setup.args.num_workers, num_envs)
+        num_workers = min(setup.args.num_workers or num_cores(), num_envs)
         self.workers: list[Worker] = []
         atexit.register(self.close)  # before multiprocessing's own, which waits for them without an end
         cores = sorted(os.sched_getaffinity(0)) if setup.args.pin_workers else [None]
@@ -1418,13 +1417,26 @@ def read_args(run: str) -> Args:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
+def make_log_dir(args: Args) -> None:
+    """Make the parent of the run folders; exits with code 2 if there can be none."""
+    try:
+        pathlib.Path(args.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
+    if not os.access(args.log_dir, os.W_OK):
+        fail(f"--log-dir {args.log_dir} cannot be written to")
+
+
 def parse() -> Args:
     """Resolved arguments of the command line; with --resume or --evaluate, over those of that run."""
     given = tyro.cli(Args)
+    if given.resume and given.evaluate:
+        fail("--resume trains a run further, --evaluate does not train; give one of them")
     run = given.resume or given.evaluate
     if not run:
         args = resolve(given)
         check_args(args)
+        make_log_dir(args)
         return args
     own = read_args(run)
     # What makes code run is the user's to say, not the folder's, which may be a stranger's.

@@ -174,8 +174,20 @@ class Filmed(Counter):
         return np.full((2, 2, 3), self.drawn, np.uint8)
 
 
+class Remembers(Counter):
+    """Pays how far its action is from the last one, which it keeps as it was given."""
+
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    last = np.zeros(1)
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        moved, self.last = float(abs(action - self.last)[0]), action
+        return observation, moved, *rest
+
+
 KINDS = (Counter, Raises, Dies, Hangs, Misshapen, Paying, Draws, Redraws, Narrow, Narrowing, Blurred, Fallen, Bankrupt, Deaf,
-         Late, Sleeper, Impatient, Filmed)
+         Late, Sleeper, Impatient, Filmed, Remembers)
 for kind in KINDS:
     gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=20)
 gym.register("Discrete-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=20)

@@ -1,5 +1,7 @@
 """One task under its name in 2.3: isaaclab_counters.py's, without observations of how an episode ended."""
 
+import os
+
 import gymnasium as gym
 from isaaclab import write
 
@@ -18,6 +20,8 @@ class Counting(gym.Env):
         return getattr(self.__dict__["fake"], name)
 
     def step(self, action):
+        if os.environ.get("ROBOT") == "falls":
+            raise ZeroDivisionError("the robot fell through the floor")
         return self.fake.step(action)
 
     def reset(self, **_):
