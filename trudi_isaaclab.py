@@ -365,6 +365,8 @@ def make_log_dir(args: Args) -> None:
         fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
     if not os.access(args.log_dir, os.W_OK):
         fail(f"--log-dir {args.log_dir} cannot be written to")
+    if len(os.fsencode(name_folder(args, int(time.time())).name)) > 255:
+        fail("--exp-name and --env-id are too long for the name of a folder, which they are part of")
 
 
 def parse() -> Args:

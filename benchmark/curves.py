@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
+from typing import NoReturn
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -65,10 +66,11 @@ def first_step(run: pd.DataFrame, threshold: float) -> str:
 
 def group_row(group: str, table: pd.DataFrame, options: Options) -> list[str]:
     """One group's row of the table."""
-    runs = [run for _, run in evaluations(table, options.metric).groupby(RUN)]
     ends = table.groupby(RUN).step.max()
+    found = dict(list(evaluations(table, options.metric).groupby(RUN)))
+    late = [run.value[run.step >= 0.75 * ends[name]] for name, run in found.items()]
+    runs = list(found.values())
     final = [run.value.iloc[-1] for run in runs]
-    late = [run.value[run.step >= 0.75 * end] for run, end in zip(runs, ends, strict=True)]
     numbers = np.mean(final), max(run.value.max() for run in runs), pd.concat(late).min()
     reached = []
     if options.threshold is not None:
@@ -98,6 +100,8 @@ def public_table(table: pd.DataFrame, options: Options) -> str:
     public = pd.read_csv(ROOT / "benchmark" / "anchors" / "reppo_returns.csv", index_col="env")
     rows = []
     for task, own in table.groupby("task"):
+        if task not in public.index:
+            fail(f"--public has no runs of {task}; it has {', '.join(public.index)}")
         mean = public.loc[task]
         early = [f"{mean[f'reppo_large_at_{name}']:.1f}" for name in EARLY]
         final = f"{mean.reppo_large_final_50M:.1f}"
@@ -159,9 +163,10 @@ def draw_group(axes: plt.Axes, own: pd.DataFrame, colour: str, unit: float) -> t
     for run in runs if len(runs) > 1 else []:
         axes.plot(run.step / unit, run.value, color=colour, linewidth=0.8, alpha=0.4)
     steps = np.unique(own.step)
-    steps = steps[
-        (steps >= max(run.step.min() for run in runs)) & (steps <= min(run.step.max() for run in runs))
-    ]
+    first = max(run.step.min() for run in runs)
+    # Where a run has just begun, the mean is drawn at its first evaluation.
+    last = max(min(run.step.max() for run in runs), first)
+    steps = steps[(steps >= first) & (steps <= last)]
     mean = np.mean([np.interp(steps, run.step, run.value) for run in runs], axis=0)
     axes.plot(steps / unit, mean, color=colour, linewidth=2.4, solid_capstyle="round")
     return steps[-1] / unit, mean[-1]
@@ -197,17 +202,21 @@ def draw(table: pd.DataFrame, options: Options) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- main
+def fail(message: str) -> NoReturn:
+    """Refuse bad input: one line on stderr and exit code 2."""
+    print(f"benchmark.curves: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     """Print the table, draw the picture."""
     options = tyro.cli(Options)
     table = read_table(options.sources, options.group_by)
     if options.metric not in table:
-        print(
-            f"benchmark.curves: error: no run in {' '.join(options.sources)} has {options.metric}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        fail(f"no run in {' '.join(options.sources)} has {options.metric}")
     table = table[(table.step <= options.until) & (table.state != "superseded")]
+    evaluated = table.groupby(RUN)[options.metric].transform("count") > 0
+    table = table[evaluated]
     print(public_table(table, options) if options.public else group_table(table, options), end="")
     if options.output:
         draw(table, options)

@@ -562,7 +562,8 @@ def write_entropies(page: Page, sources: Iterable[str]) -> None:
 def write_cost(page: Page, seeds: pd.DataFrame, throughput: tuple[str, ...]) -> None:
     """What 10 runs of each of the 73 tasks would take, from what was measured at the paper's sizes only."""
     own = seeds[seeds.paper_sizes.eq(True) & (seeds.last_hours > 0)]
-    found = list(zip(own.suite, own.device, own.last_step / (own.last_hours * 3600), strict=True))
+    beside = own.groupby("folder").seed.transform("nunique")  # seeds of one process, on one device
+    found = list(zip(own.suite, own.device, beside * own.last_step / (own.last_hours * 3600), strict=True))
     found += [x for path in throughput for x in [measured_speed(pathlib.Path(path))] if x]
     speeds = pd.DataFrame(found, columns=["suite", "device", "speed"])
     speeds = speeds.groupby(["suite", "device"]).speed.median()

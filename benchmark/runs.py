@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -41,6 +42,7 @@ class Run:
     script: str  # without .py
     args: dict[str, Any]  # resolved, as args.json has them
     device: str  # as args.json describes it
+    command: tuple[str, ...] = ()  # that began it
 
     @property
     def identity(self) -> tuple[str, str, str, int, int]:
@@ -63,9 +65,19 @@ class Run:
         return max((int(name) for name in names if name.isdigit()), default=-1)
 
     @property
+    def dead(self) -> set[int]:
+        """The seeds that a metric which was not finite has ended; others beside them go on."""
+        return {seed for seed, path in self.logs.items() if (path.parent / "diverged").exists()}
+
+    @property
     def diverged(self) -> bool:
-        """Whether a loss was not finite, which stops a run."""
-        return (self.folder / "diverged").exists()
+        """Whether that has ended all seeds, and so the run."""
+        return len(self.dead) == len(self.logs)
+
+    @property
+    def living(self) -> list[pathlib.Path]:
+        """The logs of the seeds that go on, or of all if none does."""
+        return [path for seed, path in self.logs.items() if self.diverged or seed not in self.dead]
 
     @property
     def experiment(self) -> str:
@@ -86,14 +98,13 @@ class Run:
         )
 
     def last(self) -> dict[str, Any]:
-        """The last event of the seed that is least far, with step 0 and wall_time 0 before the first one."""
-        return min((last_event(path) for path in self.logs.values()), key=lambda event: event["step"])
+        """The last event of the living seed that is least far, with step 0 and wall_time 0 before the first."""
+        return min((last_event(path) for path in self.living), key=lambda event: event["step"])
 
     def training_seconds(self) -> float:
-        """Seconds of training so far of the seed that is least far."""
+        """Seconds of training so far of the living seed that is least far."""
         return min(
-            training_seconds(path, path.stat().st_mtime_ns) if path.exists() else 0.0
-            for path in self.logs.values()
+            training_seconds(path, path.stat().st_mtime_ns) if path.exists() else 0.0 for path in self.living
         )
 
     def end(self, total_timesteps: int | None = None) -> int:
@@ -103,15 +114,17 @@ class Run:
         return total // self.args["batch_size"] * self.args["batch_size"]
 
     def finished(self, total_timesteps: int | None = None) -> bool:
-        """Whether every seed has reached the end and was evaluated there."""
+        """Whether every living seed has reached the end and was evaluated there."""
         event = self.last()
-        return event["step"] >= self.end(total_timesteps) and RETURN in event
+        return event["step"] >= self.end(total_timesteps) and math.isfinite(event.get(RETURN, math.nan))
 
-    def state(self) -> str:
-        """ "finished", also if it has had its hours of training, "diverged" or "unfinished"."""
+    def state(self, seed: int) -> str:
+        """A seed's: "diverged", "finished", also if it has had its hours of training, or "unfinished"."""
+        if seed in self.dead:
+            return "diverged"
         limit = limit_of(self.args["exp_name"])
         over = limit is not None and self.training_seconds() >= limit * 3600
-        return "finished" if over or self.finished() else "diverged" if self.diverged else "unfinished"
+        return "finished" if over or self.finished() else "unfinished"
 
 
 @functools.cache
@@ -119,7 +132,9 @@ def read_args(path: pathlib.Path, _changed: int) -> Run | None:
     """The run of an args.json, read again only if it has changed; None, and a word on stderr, if not ours."""
     try:
         saved = json.loads(path.read_text())
-        run = Run(path.parent, saved["script"], saved["args"], saved.get("device", ""))
+        first = (saved.get("earlier_starts") or [saved])[0]
+        command = tuple(first.get("command", ()))
+        run = Run(path.parent, saved["script"], saved["args"], saved.get("device", ""), command)
         return run if run.identity and run.args["batch_size"] > 0 else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"left out: {path} is not of a run ({type(error).__name__}: {error})", file=sys.stderr)
@@ -223,16 +238,17 @@ def seed_table(run: Run, seed: int, path: pathlib.Path) -> pd.DataFrame:
 def read_table(sources: Iterable[str | pathlib.Path], group_by: str = "exp_name") -> pd.DataFrame:
     """All logs below these folders as one table with a row for each event: suite, task, algorithm, group, seed,
     state, folder, step, wall_time (s), hours (of training), and a column for each metric. Of several runs of
-    the same group, task and seeds the furthest counts; the state of the others is "superseded"."""
+    the same group, task and seed the furthest counts; the state of the others is "superseded"."""
     same: dict[tuple, list[Run]] = {}
     for run in find_runs(sources):
-        same.setdefault((group_of(run, group_by), *run.identity[2:]), []).append(run)
+        for seed in run.logs:
+            same.setdefault((group_of(run, group_by), run.args["env_id"], seed), []).append(run)
     parts = []
-    for (group, *_), runs in same.items():
+    for (group, _, seed), runs in same.items():
         best = furthest(runs)
         for run in runs:
-            state = run.state() if run is best else "superseded"
-            parts += [seed_table(run, *log).assign(group=group, state=state) for log in run.logs.items()]
+            state = run.state(seed) if run is best else "superseded"
+            parts.append(seed_table(run, seed, run.logs[seed]).assign(group=group, state=state))
     return in_order(pd.concat(parts, ignore_index=True)) if parts else pd.DataFrame()
 
 
@@ -265,7 +281,7 @@ def each_seed(table: pd.DataFrame, metric: str) -> pd.DataFrame:
         evaluations(table, metric).groupby(["suite", "group", "task", *RUN], observed=True).last(skipna=False)
     )
     last = last.assign(final=evaluated.value, success=evaluated.success).reset_index()
-    last.loc[last.final.isna() & (last.state != "superseded"), "state"] = "unfinished"
+    last.loc[last.final.isna() & (last.state == "finished"), "state"] = "unfinished"
     others = ["experiment", "paper_sizes", "epsilon", "denoising"]
     return last.reindex(columns=[*SEED_COLUMNS, *others])
 

@@ -99,6 +99,8 @@ def test_reppo_auxiliary_loss():
     error = np.asarray(critic.predict(seen, action) - following) ** 2
     extra = reppo.critic_loss(critic, args, batch) - reppo.critic_loss(critic, without, batch)
     np.testing.assert_allclose(extra, 0.7 * np.delete(error, 4, 0).mean(-1).sum() / 6, rtol=1e-3)
+    gradients = reppo.nnx.grad(lambda critic: reppo.critic_loss(critic, args, batch))(critic)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))  # though what followed one was NaN
     assert not hasattr(reppo.Critic(without, 5, 2, reppo.nnx.Rngs(0)), "prediction_output")
 
 

@@ -60,8 +60,8 @@ OWN_AMONG_VALUE_BASED = {
     "spo_mjx": "Args POSITIVE Learner actor_loss init_state make_optimizers update update_minibatch",
     "dppo_mjx": "PAPER CPU Args POSITIVE check_numbers Actor Critic Learner Batch make_optimizers actor_loss update_minibatch "
                 "Transition TrainState init_state sample_policy rollout update iterate evaluation_action train",
-    "fpo_mjx": "CPU Args POSITIVE check_numbers init_statistics Actor Critic Learner Batch make_optimizers Sample actor_loss "
-               "update_minibatch Transition init_state sample_policy rollout update iterate evaluation_action"}
+    "fpo_mjx": "PAPER CPU Args POSITIVE check_numbers init_statistics Actor Critic Learner Batch make_optimizers Sample "
+               "actor_loss update_minibatch Transition init_state sample_policy rollout update iterate evaluation_action"}
 
 
 @pytest.mark.parametrize("name", OWN_AMONG_VALUE_BASED)

@@ -21,8 +21,8 @@ from benchmark.launch import __main__ as launch
 from benchmark.launch import local
 from benchmark.launch import units as units_module
 from benchmark.launch.local import Machine
-from benchmark.launch.units import Unit
-from benchmark.runs import find_runs, furthest
+from benchmark.launch.units import Unit, conflict
+from benchmark.runs import Run, find_runs, furthest
 
 ROOT = tasks.ROOT
 PATIENCE = 150  # seconds that a process may take on a busy machine
@@ -154,6 +154,23 @@ def test_other_flags_are_refused(fake, capsys):
         kinds(fake, units(fake, flags="--total-timesteps 50 --gamma 0.95"))
     err = capsys.readouterr().err
     assert error.value.code == 2 and "has gamma 0.9, where this sweep has 0.95" in err and err.count("\n") == 1
+
+
+def test_flags_that_are_not_given_again_are_refused(fake, capsys):
+    """Other seeds of the sweep would have the defaults instead, under the same name."""
+    assert go(fake, units(fake, flags="--total-timesteps 50 --gamma 0.5")) == 0
+    for flags in ("--total-timesteps 50", "--total-timesteps 50 --trust-region-bound 0.1"):
+        with pytest.raises(SystemExit) as error:
+            kinds(fake, units(fake, flags=flags))
+        assert error.value.code == 2 and "has gamma 0.5, which was given to it" in capsys.readouterr().err
+
+
+def test_settings_of_the_task_are_compared():
+    unit = Unit(None, "trudi", 1, flags=("--env-config", "a.b=1", '--env-config={"c": {"d": true}}'))
+    same = Run(None, "trudi_mjx", {}, "", ("x.py", "--env-config", "a.b=1", "--env-config", "c.d=true"))
+    assert conflict(unit, same) is None
+    other = Run(None, "trudi_mjx", {}, "", ("x.py", "--env-config", "a.b=2"))
+    assert conflict(unit, other).startswith("--env-config {'a.b': '2'}, where")
 
 
 def test_runs_of_other_sweeps_are_not_taken(fake):

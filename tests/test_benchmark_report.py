@@ -366,6 +366,41 @@ def test_page_of_behavior_entropy(report, tmp_path):
     assert table(out / "behavior_entropy.csv").entropy.tolist() == [0.25]
 
 
+def test_a_diverged_seed_leaves_those_beside_it(report, tmp_path):
+    """Seeds 1 to 3 of one process, of which 2 ended at step 100; and a single run that ended before any evaluation."""
+    root = tmp_path / "runs"
+    folder = write_run(root, "CheetahRun", 1, [[0, 10.0], [3.0, 0], [0, 30.0]], exp_name="a", seeds=3)
+    log = folder / "seed_2" / "metrics.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    (folder / "seed_2" / "diverged").mkdir()
+    (write_run(root, "WalkerRun", 4, [], exp_name="a", total=300) / "diverged").mkdir()
+    (write_run(root, "WalkerWalk", 4, [0, 1.0, float("nan")], exp_name="a") / "diverged").mkdir()
+    report(root, out=tmp_path / "out")
+    rows = table(tmp_path / "out" / "runs.csv").query("state != 'missing'")
+    assert rows.state.tolist() == ["finished", "diverged", "finished", "diverged", "diverged"]
+    (run,) = find_runs([folder])
+    assert run.finished() and not run.diverged and run.dead == {2} and run.training_seconds() == pytest.approx(3600)
+
+
+def test_a_seed_counts_once_however_many_were_beside_it(report, tmp_path):
+    root = tmp_path / "runs"
+    write_run(root, "CheetahRun", 1, [[0, 10.0], [0, 20.0]], exp_name="a", seeds=2)
+    write_run(root, "CheetahRun", 2, [40.0], exp_name="a", total=300)
+    report(root, out=tmp_path / "out")
+    rows = table(tmp_path / "out" / "runs.csv").query("task == 'CheetahRun' and state != 'missing'")
+    assert sorted(zip(rows.seed, rows.state, strict=True)) == [(1, "finished"), (2, "finished"), (2, "superseded")]
+
+
+def test_seeds_beside_each_other_cost_one_device(report, tmp_path):
+    """Four seeds of 250 steps a second each are 1000 of the device."""
+    folder = write_run(tmp_path / "runs", "CheetahRun", 1, [[0, 1.0]] * 4, seeds=4, hours=200 / 3600 / 250)
+    saved = json.loads((folder / "args.json").read_text())
+    saved["args"] |= dict(num_envs=1024, num_steps=128, hidden_dim=512)
+    (folder / "args.json").write_text(json.dumps(saved))
+    page = report(tmp_path / "runs", out=tmp_path / "out")
+    assert "| MuJoCo Playground, DeepMind Control | 20 | 50,000,000 | 1,000 | 1 x test | 2,778 |" in page
+
+
 def test_cost_counts_only_the_papers_sizes(report, tmp_path):
     """A run of the paper's sizes at 1000 steps a second: 20 tasks x 10 seeds x 50M steps take 2778 hours."""
     root = tmp_path / "runs"
@@ -462,6 +497,20 @@ def test_table_and_picture_of_curves(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         curves.main()
     assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_curves_of_runs_that_have_just_begun(tmp_path, monkeypatch, capsys):
+    """One without an evaluation is left out; one with a first one only ends the mean."""
+    for seed, values in enumerate([[0, 10, 30, 40.0], [5.0], []], 1):
+        write_run(tmp_path / "new", "CheetahRun", seed, values, total=400)
+    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path), "--output", str(tmp_path / "curves.png")])
+    curves.main()
+    assert "| new | 2 | 40.0, 5.0 | 22.5 |" in plain(capsys.readouterr().out)
+    write_run(tmp_path / "other", "Pendulum-v1", 1, [1.0])
+    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path / "other"), "--public"])
+    with pytest.raises(SystemExit) as error:
+        curves.main()
+    assert error.value.code == 2 and "no runs of Pendulum-v1" in capsys.readouterr().err
 
 
 def test_labels_of_curves_do_not_overlap():

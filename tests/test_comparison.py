@@ -130,9 +130,37 @@ def test_groups_meet_on_the_tasks_that_both_have(page, tmp_path):
     assert "| better |" in " ".join(text.split()) and "AcrobotSwingup" in text
 
 
+def test_runs_that_have_just_begun_or_were_begun_anew_change_nothing(page, tmp_path):
+    """Ours that have not come to --steps would set the hours of all; a second start of a seed is no second seed."""
+    for seed in (1, 2):
+        write(tmp_path, "CheetahRun", "trudi", seed, [0, 0, 10], hours=3.0)
+        write(tmp_path, "CheetahRun", "reppo", seed, [0, 0, 30], hours=3.0)
+    text, scores = page("--steps", "300")
+    write(tmp_path, "CheetahRun", "trudi", 3, [5], hours=0.1)
+    write(tmp_path, "CheetahRun", "trudi", 1, [7, 7], hours=0.2)
+    write(tmp_path, "WalkerRun", "trudi", 1, [7], hours=0.2)  # a task of which no run of ours has come so far
+    write(tmp_path, "WalkerRun", "reppo", 1, [0, 0, 30], hours=3.0)
+    later, more = page("--steps", "300")
+    assert later.splitlines()[4:8] == text.splitlines()[4:8]
+    pd.testing.assert_frame_equal(more.query("task == 'CheetahRun' and seed < 3"), scores, check_dtype=False)
+    other = more.query("task == 'WalkerRun' and group == 'reppo'")
+    assert other.step.tolist() == [30] and other.hours.isna().all()
+    assert "- equal training time: trudi on CheetahRun, seed 3" in later
+
+
+def test_suites_without_a_common_task_have_no_picture(page, tmp_path):
+    write(tmp_path, "CheetahRun", "trudi", 1, [0, 0, 10], hours=3.0)
+    write(tmp_path, "CheetahRun", "reppo", 1, [0, 0, 10], hours=3.0)
+    write(tmp_path, "T1JoystickFlatTerrain", "ppo", 1, [0, 0, 10], hours=3.0)
+    write(tmp_path, "G1JoystickFlatTerrain", "trudi", 1, [0, 0, 10], hours=3.0)
+    text, _ = page("--steps", "300")
+    assert "curves_dmc" in text and "curves_humanoid" not in text
+
+
 def test_bad_input_is_refused(page, tmp_path, capsys):
     write(tmp_path, "CheetahRun", "trudi", 1, [1.0], hours=1.0)
-    for flags in (["--ours", "sac"], ["--metric", "eval/none"]):
+    (tmp_path / "empty").mkdir()
+    for flags in (["--ours", "sac"], ["--metric", "eval/none"], ["--clock", str(tmp_path / "empty")]):
         with pytest.raises(SystemExit) as end:
             page("--steps", "100", *flags)
         assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -249,6 +249,13 @@ BAD = {
     "--device gpu": "no gpu device",
     "--impl jax --num-devices 3 --num-envs 18 --num-steps 32 --minibatch-size 96 --num-eval-envs 3": "JAX finds 2",
     "--resume nowhere": "no run folder",
+    "--env-id :Point": "not an importable module:Class",
+    "--exp-name " + 250 * "x": "too long for the name of a folder",
+    "--env-config ctrl_dt=0": "ctrl_dt=0 must be positive",
+    "--env-config sim_dt=0": "sim_dt=0 must be positive",
+    "--env-config ctrl_dt=0.001": "must not be less than sim_dt",
+    "--env-config vision=true": "vectors, not pictures",
+    "--env-config action_repeat=2": "action_repeat 2",
 }
 
 

@@ -53,6 +53,18 @@ def test_warp_can_be_traced(num_seeds, monkeypatch):
     assert metrics["losses/actor"].shape == found["eval/episodic_return"].shape == (num_seeds,)
 
 
+def test_seeds_side_by_side_have_room_for_their_contacts(monkeypatch):
+    """Warp's limit is of all environments together, and beyond it contacts are left out."""
+    monkeypatch.setattr("warp._src.context.Module.load", lambda *_, **__: None)
+    rooms = [trudi.make_setup(small_args(env_id="HopperHop", impl="warp", num_seeds=k)).env._config.naconmax for k in (1, 3)]
+    assert rooms[1] == 3 * rooms[0] > 0
+
+
+def test_privileged_observations_are_not_needed():
+    both = trudi.network_inputs({"state": np.ones(2)})
+    assert both.actor is both.critic
+
+
 @pytest.mark.parametrize("env_id", ["CartpoleBalence", "cartpolebalance", "CartpoleBalance1"])
 def test_the_nearest_tasks_are_offered(env_id, capsys):
     with pytest.raises(SystemExit):

@@ -31,7 +31,8 @@ Networks are MLPs with SiLU, 32 wide for the actor and 256 for the critic (Table
 2606.15260). As in FPO's code, and not in that table, epsilon is 0.05 and the actor has four hidden layers,
 where the critic has five. Of its code are also rewards times 10, draws of time from the Euler steps' own, and
 last layers that start like the others, so that observations are not standardised before the first rollout
-has been learned from. What all leave open is as in ppo_mjx.py.
+has been learned from, and 16 epochs of minibatches of some 30,720 states (the CPU sizes have 5). What all
+leave open is as in ppo_mjx.py.
 
 benchmark/errata.md has a table of the errata of TruDi's paper, E1 to E19. Axes in shapes: T steps of a
 rollout, E environments, B states of a batch, S draws, A action dimensions, K seeds.
@@ -73,11 +74,11 @@ SUITE = {"dmc": dict(gamma=0.99), "humanoid": dict(gamma=0.97)}  # Table 5
 MJBATCH = "mjbatch==0.1.0 mujoco==3.11.0 mujoco-mjx==3.11.0"  # each version of mjbatch fits one MuJoCo
 # Playground pushes the humanoids; REPPO's code, with which the paper compares, does not (E19).
 TASK_CONFIG = {task: {"push_config.enable": False} for task in HUMANOID}
-PAPER = dict(  # Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches
+PAPER = dict(  # Tables 4 and 5, and of FPO's code 16 epochs of minibatches of some 30,720 states
     total_timesteps=50_000_000,
     num_envs=1024,
     num_steps=128,
-    num_epochs=5,
+    num_epochs=16,
     minibatch_size=32768,
     hidden_dim=256,
     num_eval_envs=128,
@@ -131,7 +132,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Tables 4 and 5, or small ones for two CPU cores"""
     impl: Literal["jax", "warp", "mujoco"] | None = None
-    """MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, mujoco on a CPU"""
+    """MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, else mujoco (module:Class: jax)"""
     log_dir: str = "runs"
     """parent of the run folders"""
 
@@ -401,7 +402,7 @@ def find_task(args: Args) -> tuple[Callable, Any]:
     try:
         module = import_module(module_name)
         task = getattr(module, class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         fail(f"--env-id {args.env_id} is not an importable module:Class ({error})")
     base = import_playground(args.env_id).MjxEnv
     if not isinstance(task, type) or not issubclass(task, base):
@@ -409,6 +410,20 @@ def find_task(args: Args) -> tuple[Callable, Any]:
     if hasattr(module, "default_config"):  # as Playground's modules have
         return task, module.default_config()
     return lambda **_: task(), ConfigDict()
+
+
+def check_config(args: Args, config: dict[str, Any]) -> None:
+    """Exit with code 2 on settings of the task with which it would not be what they say."""
+    repeat = config.get("action_repeat", 1)
+    if repeat != 1:
+        fail(f"{args.env_id} has action_repeat {repeat}; only --env-config action_repeat=1 can be played")
+    if config.get("vision"):
+        fail("--env-config vision=true: observations must be vectors, not pictures")
+    for name in ("sim_dt", "ctrl_dt"):
+        if not config.get(name, 1) > 0:
+            fail(f"--env-config {name}={config[name]} must be positive, in seconds")
+    if config.get("ctrl_dt", 1) < config.get("sim_dt", 0):
+        fail(f"--env-config ctrl_dt={config['ctrl_dt']} must not be less than sim_dt, {config['sim_dt']}")
 
 
 def make_setup(args: Args) -> Setup:
@@ -421,8 +436,11 @@ def make_setup(args: Args) -> Setup:
     for key in overrides.keys() - known.keys():
         near = difflib.get_close_matches(key, known, 3, 0.4) or sorted(known)[:3]
         fail(f"--env-config {key}: {args.env_id} has no such setting; the nearest are {', '.join(near)}")
+    check_config(args, known | overrides)
     if "impl" in known:
         overrides["impl"] = "jax" if args.impl == "mujoco" else args.impl
+    if args.impl == "warp" and "naconmax" in known:  # contacts of all environments together
+        overrides.setdefault("naconmax", known["naconmax"] * args.num_seeds)
     try:
         env = task(config=config, config_overrides=overrides)
     except (TypeError, ValueError, OSError, subprocess.CalledProcessError) as error:
@@ -643,7 +661,7 @@ class Inputs(NamedTuple):
 def network_inputs(observation: Any) -> Inputs:
     """What actor and critic see; tasks with privileged information keep it from the actor."""
     if isinstance(observation, dict):
-        return Inputs(observation["state"], observation["privileged_state"])
+        return Inputs(observation["state"], observation.get("privileged_state", observation["state"]))
     return Inputs(observation, observation)
 
 
@@ -691,11 +709,7 @@ def normalize(statistics: Statistics, observation: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------- networks
 class Actor(nnx.Module):
-    """The velocity of the flow.
-
-    What a replacement must keep is an output layer that starts at zero, since `iterate` normalises the first
-    rollout with statistics that the actor had not when it acted.
-    """
+    """The velocity of the flow. A replacement must keep `num_steps` and `__call__`."""
 
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
         self.num_steps = args.num_flow_steps
@@ -1285,6 +1299,8 @@ def make_log_dir(args: Args) -> None:
         fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
     if not os.access(args.log_dir, os.W_OK):
         fail(f"--log-dir {args.log_dir} cannot be written to")
+    if len(os.fsencode(name_folder(args, int(time.time())).name)) > 255:
+        fail("--exp-name and --env-id are too long for the name of a folder, which they are part of")
 
 
 def parse() -> Args:

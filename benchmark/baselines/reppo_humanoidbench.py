@@ -882,7 +882,8 @@ def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
     logits = critic(batch.critic_observation, batch.action)
     loss = optax.softmax_cross_entropy(logits, hl_gauss(args, batch.target))
     if args.aux_loss_scale > 0:
-        error = critic.predict(batch.critic_observation, batch.action) - batch.following
+        following = jnp.where(batch.terminated[:, None], 0.0, batch.following)  # which may be NaN there
+        error = critic.predict(batch.critic_observation, batch.action) - following
         aux_loss = jnp.where(batch.terminated, 0.0, (error**2).mean(-1))
         loss = loss + args.aux_loss_scale * aux_loss
     return loss.mean()
@@ -1425,6 +1426,8 @@ def make_log_dir(args: Args) -> None:
         fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
     if not os.access(args.log_dir, os.W_OK):
         fail(f"--log-dir {args.log_dir} cannot be written to")
+    if len(os.fsencode(name_folder(args, int(time.time())).name)) > 255:
+        fail("--exp-name and --env-id are too long for the name of a folder, which they are part of")
 
 
 def parse() -> Args:

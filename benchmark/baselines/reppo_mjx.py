@@ -138,7 +138,7 @@ class Args:
     preset: Literal["paper", "cpu"] = "paper"
     """sizes: the paper's Table 5, or small ones for two CPU cores"""
     impl: Literal["jax", "warp", "mujoco"] | None = None
-    """MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, mujoco on a CPU"""
+    """MJX, MuJoCo Warp or MuJoCo's C engine; default: warp on a GPU, else mujoco (module:Class: jax)"""
     log_dir: str = "runs"
     """parent of the run folders"""
 
@@ -418,7 +418,7 @@ def find_task(args: Args) -> tuple[Callable, Any]:
     try:
         module = import_module(module_name)
         task = getattr(module, class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         fail(f"--env-id {args.env_id} is not an importable module:Class ({error})")
     base = import_playground(args.env_id).MjxEnv
     if not isinstance(task, type) or not issubclass(task, base):
@@ -426,6 +426,20 @@ def find_task(args: Args) -> tuple[Callable, Any]:
     if hasattr(module, "default_config"):  # as Playground's modules have
         return task, module.default_config()
     return lambda **_: task(), ConfigDict()
+
+
+def check_config(args: Args, config: dict[str, Any]) -> None:
+    """Exit with code 2 on settings of the task with which it would not be what they say."""
+    repeat = config.get("action_repeat", 1)
+    if repeat != 1:
+        fail(f"{args.env_id} has action_repeat {repeat}; only --env-config action_repeat=1 can be played")
+    if config.get("vision"):
+        fail("--env-config vision=true: observations must be vectors, not pictures")
+    for name in ("sim_dt", "ctrl_dt"):
+        if not config.get(name, 1) > 0:
+            fail(f"--env-config {name}={config[name]} must be positive, in seconds")
+    if config.get("ctrl_dt", 1) < config.get("sim_dt", 0):
+        fail(f"--env-config ctrl_dt={config['ctrl_dt']} must not be less than sim_dt, {config['sim_dt']}")
 
 
 def make_setup(args: Args) -> Setup:
@@ -438,8 +452,11 @@ def make_setup(args: Args) -> Setup:
     for key in overrides.keys() - known.keys():
         near = difflib.get_close_matches(key, known, 3, 0.4) or sorted(known)[:3]
         fail(f"--env-config {key}: {args.env_id} has no such setting; the nearest are {', '.join(near)}")
+    check_config(args, known | overrides)
     if "impl" in known:
         overrides["impl"] = "jax" if args.impl == "mujoco" else args.impl
+    if args.impl == "warp" and "naconmax" in known:  # contacts of all environments together
+        overrides.setdefault("naconmax", known["naconmax"] * args.num_seeds)
     try:
         env = task(config=config, config_overrides=overrides)
     except (TypeError, ValueError, OSError, subprocess.CalledProcessError) as error:
@@ -660,7 +677,7 @@ class Inputs(NamedTuple):
 def network_inputs(observation: Any) -> Inputs:
     """What actor and critic see; tasks with privileged information keep it from the actor."""
     if isinstance(observation, dict):
-        return Inputs(observation["state"], observation["privileged_state"])
+        return Inputs(observation["state"], observation.get("privileged_state", observation["state"]))
     return Inputs(observation, observation)
 
 
@@ -880,7 +897,8 @@ def critic_loss(critic: Critic, args: Args, batch: Batch) -> Array:
     logits = critic(batch.critic_observation, batch.action)
     loss = optax.softmax_cross_entropy(logits, hl_gauss(args, batch.target))
     if args.aux_loss_scale > 0:
-        error = critic.predict(batch.critic_observation, batch.action) - batch.following
+        following = jnp.where(batch.terminated[:, None], 0.0, batch.following)  # which may be NaN there
+        error = critic.predict(batch.critic_observation, batch.action) - following
         aux_loss = jnp.where(batch.terminated, 0.0, (error**2).mean(-1))
         loss = loss + args.aux_loss_scale * aux_loss
     return loss.mean()
@@ -1418,6 +1436,8 @@ def make_log_dir(args: Args) -> None:
         fail(f"--log-dir {args.log_dir} is no folder and cannot be made one ({error})")
     if not os.access(args.log_dir, os.W_OK):
         fail(f"--log-dir {args.log_dir} cannot be written to")
+    if len(os.fsencode(name_folder(args, int(time.time())).name)) > 255:
+        fail("--exp-name and --env-id are too long for the name of a folder, which they are part of")
 
 
 def parse() -> Args:

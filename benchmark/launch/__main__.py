@@ -169,7 +169,7 @@ def check(options: Options, tasks: list[Task]) -> None:
     """Exit with code 2 on options that cannot be meant."""
     flags = shlex.split(options.flags)
     own = {"--env-id", "--exp-name", "--seed", "--num-seeds", "--log-dir", "--resume", "--evaluate"}
-    taken = own & {word.partition("=")[0] for word in flags}
+    taken = own & {word.partition("=")[0].replace("_", "-") for word in flags}
     preset = given_values(flags).get("preset", "paper")
     known = all(preset in constants(task.script)["PRESET"] for task in tasks)
     vmapped = any(task.script.endswith("_mjx") for task in tasks)

@@ -118,7 +118,10 @@ class Sweep:
         """Start the next unit in a free slot."""
         unit, slot = self.waiting.popleft(), self.free.pop()
         try:
-            self.running[unit] = Process(unit, self.log_dir, slot[0], **slot[1]), slot
+            process = Process(unit, self.log_dir, slot[0], **slot[1])
+            self.running[unit] = process, slot
+            if self.received:  # while it was being started, so that it was not told
+                process.stop()
         except Refused as error:
             self.failed[unit] = str(error)
             self.free.append(slot)

@@ -6,6 +6,7 @@ after any end."""
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -16,9 +17,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import pandas as pd
+
 from benchmark.runs import Run, find_runs, furthest
 from benchmark.tasks import ROOT, Task, place_of, preset_values
 
+SWEEPS_OWN = "env_id exp_name seed num_seeds log_dir".split()  # arguments that the sweep gives by itself
 # exit codes after a signal
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
@@ -52,7 +56,11 @@ class Unit:
         """Environment steps of each seed."""
         given = given_values(self.flags)
         preset = preset_values(self.task.script, given.get("preset", "paper"), self.task.suite)
-        return int(given.get("total_timesteps") or preset["total_timesteps"])
+        total = given.get("total_timesteps") or preset["total_timesteps"]
+        try:
+            return int(total)
+        except ValueError:
+            fail(f"--flags: --total-timesteps {total} is not a whole number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +102,38 @@ def same_value(saved: Any, given: str) -> bool:
         return str(saved) == given
 
 
+def given_settings(flags: Iterable[str]) -> list[str]:
+    """The texts of all --env-config of a command line."""
+    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return [value for name, value in itertools.pairwise(words) if name == "--env-config"]
+
+
+def settings_of(texts: Iterable[str]) -> dict[str, str]:
+    """Dotted keys and values of --env-config's texts, each key=value or a JSON object."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        nested = pd.json_normalize(json.loads(text)).iloc[0] if text.startswith("{") else {key: value}
+        found |= {name: str(value).lower() for name, value in nested.items()}
+    return found
+
+
 def conflict(unit: Unit, run: Run) -> str | None:
     """The first argument that decides a run's numbers and is not what the sweep's flags say."""
     given = given_values(unit.flags)
+    own = given_values(run.command[1:])
+    settings, wanted = (settings_of(given_settings(words)) for words in (run.command[1:], unit.flags))
+    if run.command and settings != wanted:
+        return f"--env-config {settings or 'unset'}, where this sweep has {wanted or 'none'}"
     for name, saved in run.args.items():
         if name == "device":  # those from here on may differ when a run is continued
             return None
-        if name == "env_config":  # the script itself compares it, key by key, when it continues a run
+        if name == "env_config":
             continue
         if name in given and not same_value(saved, given[name]):
             return f"{name} {saved}, where this sweep has {given[name]}"
+        if name in own and name not in (*given, *SWEEPS_OWN):
+            return f"{name} {saved}, which was given to it and not to this sweep"
     return None
 
 
@@ -243,18 +273,20 @@ class Process:
         """After its end: keep an evaluation's numbers; None if all went well, else what is wrong."""
         code, state = self.child.returncode, self.state()
         if self.unit.evaluation and code == 0:
-            self.keep(state.run)
-            return None
+            return self.keep(state.run)
         if state.kind == "finished" and (code == 0 or self.told and code in STOPPED):
             return None
         if self.told and code in STOPPED:
             return "stopped; the next call continues it"
-        reason = ", a loss is not finite" if state.kind == "diverged" else ""
+        reason = ", a metric of a seed is not finite" if state.run and state.run.dead else ""
         return f"exit code {code} at step {state.step:,}{reason}"
 
-    def keep(self, run: Run) -> None:
-        """Write down the numbers that an evaluation printed last."""
+    def keep(self, run: Run) -> str | None:
+        """Write down the numbers that an evaluation printed; what is wrong if it printed none."""
         unit, path = self.unit, result_path(self.unit, self.log_dir)
+        lines = [line for line in last_lines(unit, self.log_dir) if line.startswith("{")]
+        if not lines:
+            return f"it printed no numbers; its log is {log_path(unit, self.log_dir)}"
         content = {
             "script": run.script,
             "env_id": unit.task.env_id,
@@ -265,8 +297,9 @@ class Process:
             "flags": unit.flags,
             "run": run.folder.name,
             "step": run.last()["step"],
-            "results": json.loads(last_lines(unit, self.log_dir, 1)[0]),
+            "results": json.loads(lines[-1]),
         }
         path.parent.mkdir(exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
         path.with_suffix(".tmp").replace(path)
+        return None

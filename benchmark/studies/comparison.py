@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,6 +49,14 @@ class Options:
 
 
 # --------------------------------------------------------------------------------------------------------- scores
+def without_superseded(sources: Sequence[str]) -> pd.DataFrame:
+    """The logs of the runs that count, where a run was begun anew; exits with code 2 if there are none."""
+    table = read_table(sources)
+    if table.empty:
+        fail(f"there are no runs in {' '.join(sources)}")
+    return table[table.state != "superseded"]
+
+
 def clocked(log: pd.DataFrame, clock: pd.DataFrame) -> pd.DataFrame:
     """The log with the hours that its steps take at the median speed of the clock's runs of task and group."""
     speeds = clock.groupby(["task", "group"])["charts/SPS"].median()
@@ -59,10 +67,12 @@ def clocked(log: pd.DataFrame, clock: pd.DataFrame) -> pd.DataFrame:
 
 
 def ends_of(log: pd.DataFrame, steps: int, ours: str) -> pd.DataFrame:
-    """For each task, the steps (column `step`) and hours (`hours`) until which runs are compared."""
-    own = log[(log.group == ours) & (log.step <= steps)]
-    hours = own.groupby(["task", *RUN]).hours.max().groupby("task").min()
-    return pd.DataFrame({"step": float(steps), "hours": hours})
+    """For each task, the steps (column `step`) and hours (`hours`) until which runs are compared; hours are NaN
+    where no run of ours has come so far."""
+    runs = log[(log.group == ours) & (log.step <= steps)].groupby(["task", *RUN])
+    whole = runs.step.max() >= REACHED * steps
+    hours = runs.hours.max()[whole].groupby("task").min()
+    return pd.DataFrame({"step": float(steps), "hours": hours.reindex(log.task.unique())})
 
 
 def last_third(log: pd.DataFrame, axis: str, ends: pd.Series) -> pd.Series:
@@ -162,7 +172,7 @@ def task_rows(table: pd.DataFrame, axis: str, groups: list[str], hours: pd.Serie
             scores = own.loc[own.group == group, axis]
             error = scores.sem() if len(scores) > 1 else 0.0
             cells.append(f"{scores.mean():.1f} ± {error:.1f} ({len(scores)})" if len(scores) else "")
-        yield task, f"{hours[task] * 60:.1f}", *cells
+        yield task, "" if np.isnan(hours[task]) else f"{hours[task] * 60:.1f}", *cells
 
 
 def not_far_enough(table: pd.DataFrame) -> str:
@@ -175,13 +185,18 @@ def not_far_enough(table: pd.DataFrame) -> str:
     return "\n".join(["Runs that have not come far enough, and do not count:", "", *lines]) if lines else ""
 
 
-def curves_figure(log: pd.DataFrame, options: Options, suite: str) -> tuple[plt.Figure, pd.DataFrame]:
-    """IQM over tasks and seeds with its interval, over steps and over training time, of the tasks of which every
-    group has runs."""
-    own = log[log.suite == suite].assign(score=log.value)
-    groups = [options.ours, *(group for group in dict.fromkeys(own.group) if group != options.ours)]
+def common_tasks(own: pd.DataFrame) -> list[str]:
+    """The tasks of which every group has runs."""
     counts = own.groupby("task", sort=False).group.nunique()
-    tasks = list(counts.index[counts == len(groups)])
+    return list(counts.index[counts == own.group.nunique()])
+
+
+def curves_figure(own: pd.DataFrame, options: Options) -> tuple[plt.Figure, pd.DataFrame]:
+    """IQM over tasks and seeds with its interval, over steps and over training time, of a suite's tasks of which
+    every group has runs."""
+    own = own.assign(score=own.value)
+    groups = [options.ours, *(group for group in dict.fromkeys(own.group) if group != options.ours)]
+    tasks = common_tasks(own)
     figure, frames = figures.frames(len(AXES), len(AXES), 4.2, 3.2)
     tables = []
     for frame, axis in zip(frames, AXES, strict=True):
@@ -220,9 +235,10 @@ def write_page(log: pd.DataFrame, options: Options) -> pathlib.Path:
     for axis, name in AXES.items():
         page.text(f"After {name}: mean score, its standard error (number of runs).")
         page.table(("task", "minutes", *groups), task_rows(table, axis, groups, hours))
-    for suite in dict.fromkeys(table.suite):
+    for suite, own in log.groupby("suite", sort=False):
         caption = f"{title_of(suite)}: IQM over tasks and seeds, and its 95% interval"
-        page.figure(f"curves_{suite}", caption, curves_figure(log, options, suite))
+        if common_tasks(own):
+            page.figure(f"curves_{suite}", caption, curves_figure(own, options))
     page.text(not_far_enough(table))
     table.to_csv(page.folder / "scores.csv", index=False, float_format="%.6g")
     return page.write()
@@ -240,14 +256,14 @@ def main() -> None:
     sources = [*options.runs, options.clock] if options.clock else options.runs
     for source in (x for x in sources if not pathlib.Path(x).exists()):
         fail(f"there is no {source}")
-    table = read_table(options.runs)
+    table = without_superseded(options.runs)
     if options.metric not in table:
         fail(f"no run in {' '.join(options.runs)} has {options.metric}")
     log = evaluations(table, options.metric)
     if options.ours not in set(log.group):
         fail(f"--ours {options.ours} is none of the groups {', '.join(dict.fromkeys(log.group))}")
     if options.clock:
-        log = clocked(log, read_table([options.clock]))
+        log = clocked(log, without_superseded([options.clock]))
     print(write_page(log, options))
 
 

@@ -32,7 +32,8 @@ done = max([int(path.name) for path in (folder / "checkpoints").iterdir()], defa
 args = dict(env_id=given.env_id, exp_name=given.exp_name, seed=given.seed, num_seeds=given.num_seeds, gamma=given.gamma,
             trust_region_bound=given.trust_region_bound, num_diffusion_steps=given.num_diffusion_steps, num_envs=2, num_steps=5,
             hidden_dim=3, device="auto", total_timesteps=given.total_timesteps, batch_size=10)
-(folder / "args.json").write_text(json.dumps({"args": args, "script": pathlib.Path(__file__).stem, "device": "none"}))
+saved = {"args": args, "script": pathlib.Path(__file__).stem, "device": "none", "command": sys.argv}
+(folder / "args.json").write_text(json.dumps(saved))
 seeds = range(given.seed, given.seed + given.num_seeds)
 folders = [folder / f"seed_{seed}" for seed in seeds] if len(seeds) > 1 else [folder]
 print(f"pid {os.getpid()} from {done}", flush=True)
