@@ -70,12 +70,22 @@ def test_playground_has_mjx_leave_out_contacts(full):
     assert ([2, 4] in contact.geom[contact.dist < 0].tolist()) == full
 
 
-@pytest.mark.parametrize(("geoms", "other"), [("plane box", True), ("plane capsule", False), ("plane sphere", False)])
-def test_mjx_keeps_the_deepest_corners_of_a_box_only(geoms, other):
-    """A foot 30 degrees askew, deep in the floor: MuJoCo has all four corners. G1's feet are boxes."""
+HEIGHTS = " ".join(f"{x:.2f}" for x in np.random.default_rng(0).uniform(size=64))
+ASSETS = {"plane": "", "hfield": f'<hfield name="h" nrow="8" ncol="8" size=".2 .2 .1 .1" elevation="{HEIGHTS}"/>'}
+FLOOR = {"plane": 'type="plane" size="9 9 9"', "hfield": 'type="hfield" hfield="h"'}
+
+
+@pytest.mark.parametrize(
+    ("geoms", "other"), [("plane box", True), ("plane capsule", False), ("plane sphere", False), ("hfield sphere", True)]
+)
+def test_where_mjx_finds_other_contacts(geoms, other):
+    """A foot 30 degrees askew, deep in the floor: MuJoCo has all four corners of a box, and prisms of a rough ground that MJX
+    leaves out. G1's feet are boxes, T1's spheres."""
     floor, foot = geoms.split()
-    model = mujoco.MjModel.from_xml_string(f"""<mujoco><worldbody><geom name="floor" type="{floor}" size="9 9 9"/>
-        <body pos="0 0 -.5"><freejoint/><geom name="foot" type="{foot}" size=".1 .1 .1" euler="30 0 0"/></body></worldbody>
+    model = mujoco.MjModel.from_xml_string(f"""<mujoco><asset>{ASSETS[floor]}</asset>
+        <worldbody><geom name="floor" {FLOOR[floor]}/>
+        <body pos="0 0 {'-.5' if floor == 'plane' else '.1'}"><freejoint/>
+        <geom name="foot" type="{foot}" size=".1 .1 .1" euler="30 0 0"/></body></worldbody>
         <contact><pair geom1="floor" geom2="foot"/></contact></mujoco>""")
     assert mujoco_agreement.other_contacts(model) == other
     own = mujoco.MjData(model)
