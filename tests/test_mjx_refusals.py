@@ -203,7 +203,10 @@ def test_code_that_a_folder_names_is_not_run(run, capsys, monkeypatch, tmp_path)
         with pytest.raises(SystemExit) as stop:
             parse(monkeypatch, *flags)
         assert "own_tasks:Point; give that flag too" in refusal(stop.value.code, capsys.readouterr().err)
-    assert parse(monkeypatch, "--evaluate", run, "--env-id", "own_tasks:Point").env_id == "own_tasks:Point"
+    for env_id in ("own_tasks:Point", "ReacherEasy"):
+        assert parse(monkeypatch, "--evaluate", run, "--env-id", env_id).env_id == env_id
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--resume", run, "--env-id", "ReacherEasy")
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1294,7 +1294,8 @@ def parse() -> Args:
         return args
     own = read_args(run)
     # What makes code run is the user's to say, not the folder's, which may be a stranger's.
-    if ":" in own.env_id and given.env_id != own.env_id:
+    elsewhere = given.evaluate and given.env_id != Args.env_id  # on a task that the command line names
+    if ":" in own.env_id and given.env_id != own.env_id and not elsewhere:
         fail(f"{run} would import the module of --env-id {own.env_id}; give that flag too if you trust it")
     own = dataclasses.replace(own, **{name: getattr(given, name) for name in COMMAND_LINE_ONLY})
     args = resolve(tyro.cli(Args, default=own))
