@@ -335,6 +335,11 @@ def read_args(run: str) -> Args:
         fail(f"{run} is no run folder of this script, with args.json and checkpoints ({error})")
 
 
+def name_folder(args: Args, second: int) -> pathlib.Path:
+    """The folder of a run that began in this second of Unix time."""
+    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+
+
 def make_log_dir(args: Args) -> None:
     """Make the parent of the run folders; exits with code 2 if there can be none."""
     try:
@@ -1274,11 +1279,6 @@ def open_log(folder: pathlib.Path, step: int) -> Callable:
         writer.flush()
 
     return log
-
-
-def name_folder(args: Args, second: int) -> pathlib.Path:
-    """The folder of a run that began in this second of Unix time."""
-    return pathlib.Path(args.log_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
 
 
 def make_folder(args: Args) -> int:
