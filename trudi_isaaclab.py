@@ -497,7 +497,7 @@ class IsaacLab:
     @contextlib.contextmanager
     def keep_curriculum(self) -> Iterator[None]:
         """Resets in it change no curriculum, which would take broken-off episodes for whole ones."""
-        manager = getattr(self.env.unwrapped, "curriculum_manager", None)
+        manager = getattr(self.env, "curriculum_manager", None)
         if manager is None:
             yield
             return
