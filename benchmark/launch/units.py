@@ -80,11 +80,18 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def words_of(flags: Iterable[str]) -> list[str]:
+    """The words of a command line, with --a=b as two."""
+    words = []
+    for word in flags:
+        words += word.split("=", 1) if word.startswith("--") else [word]
+    return words
+
+
 def given_values(flags: Iterable[str]) -> dict[str, str]:
     """The values that a command line gives, by the argument's name: --a-b 3, --a-b=3, --a-b and --no-a-b."""
-    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
     found, name = {}, ""
-    for word in words:
+    for word in words_of(flags):
         if word.startswith("--"):
             off = word.startswith("--no-")
             name = word[5 if off else 2 :].replace("-", "_")
@@ -104,8 +111,7 @@ def same_value(saved: Any, given: str) -> bool:
 
 def given_settings(flags: Iterable[str]) -> list[str]:
     """The texts of all --env-config of a command line."""
-    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    return [value for name, value in itertools.pairwise(words) if name == "--env-config"]
+    return [value for name, value in itertools.pairwise(words_of(flags)) if name == "--env-config"]
 
 
 def settings_of(texts: Iterable[str]) -> dict[str, str]:
