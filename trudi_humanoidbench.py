@@ -1352,7 +1352,7 @@ def export_policy(setup: Setup, state: TrainState) -> None:
         return middle + half * policy(observation, noise)
 
     facts = {
-        "step": int(state.iteration) * setup.args.batch_size,
+        "iteration": int(state.iteration),
         "action_low": task.action_low.tolist(),
         "action_high": task.action_high.tolist(),
     }

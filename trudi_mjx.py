@@ -1449,7 +1449,7 @@ def export_first_seed(setup: Setup, state: TrainState) -> None:
     learner, statistics = jax.tree.map(lambda x: x[0], (state.learner, state.statistics))
     moments = network_inputs(statistics.moments).actor
     policy = deployed_policy(setup.args, learner.actor, moments)
-    facts = {"step": int(state.iteration[0]) * setup.args.batch_size, "action_scale": 1.0}
+    facts = {"iteration": int(state.iteration[0]), "action_scale": 1.0}
     write_policy(setup.args, policy, (moments.shape[-1], setup.action_size), facts)
 
 

@@ -56,9 +56,9 @@ def test_command_line(runner, cartpole, tmp_path):
     runner.call("--evaluate", cartpole, "--no-capture-video", "--export", tmp_path / "policy.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"))
     facts = session.get_modelmeta().custom_metadata_map
-    assert facts["step"] == str(metrics(cartpole)[-1]["step"])
+    assert int(facts["iteration"]) * 16 == metrics(cartpole)[-1]["step"]
     assert json.loads(facts["observation_terms"])
-    out, _ = runner.call("--evaluate", cartpole, "--no-capture-video", "--eval-mode", "sde")
+    out, _ = runner.call("--evaluate", cartpole, "--no-capture-video", "--eval-mode", "sde", "--num-envs", 3)
     result = next(json.loads(line) for line in out.splitlines() if line.startswith('{"eval'))
     assert set(result) == {"eval/episodic_return", "eval/episodic_return_std", "eval/episodic_length"}
 

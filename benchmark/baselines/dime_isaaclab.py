@@ -213,7 +213,7 @@ MAY_CHANGE = (
     "checkpoint_interval capture_video video_length track wandb_project_name wandb_entity resume evaluate "
     "batch_size num_iterations"
 ).split()
-EVALUATION_MAY_CHANGE = ("env_id",)  # what a policy plays
+EVALUATION_MAY_CHANGE = ("env_id", "num_envs")  # what a policy plays, and how often
 
 
 def resolve(args: Args) -> Args:
@@ -302,7 +302,7 @@ def check_sizes(args: Args) -> None:
     """Exit with code 2 on sizes that do not fill an iteration or do not divide over the processes."""
     if args.num_iterations == 0:
         fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
-    if args.batch_size % args.minibatch_size:
+    if not args.evaluate and args.batch_size % args.minibatch_size:
         sizes = f"--num-envs x --num-steps = {args.batch_size}"
         fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
     for name in SPLIT:

@@ -317,7 +317,7 @@ def check_sizes(args: Args) -> None:
     """Exit with code 2 on sizes that do not fill an iteration or do not divide over the processes."""
     if args.num_iterations == 0:
         fail(f"--total-timesteps {args.total_timesteps} is less than --num-envs x --num-steps")
-    if args.batch_size % args.minibatch_size:
+    if not args.evaluate and args.batch_size % args.minibatch_size:
         sizes = f"--num-envs x --num-steps = {args.batch_size}"
         fail(f"--minibatch-size {args.minibatch_size} does not divide {sizes}")
     for name in SPLIT:
