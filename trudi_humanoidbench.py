@@ -737,7 +737,10 @@ class Actor(nnx.Module):
     What a replacement must keep: `prior_std`, `raw_friction`, `step_sizes`, `embed` and `__call__`; that f
     depends on no latent action but a^n, since `trajectory_kl` asks for all steps of a stored chain at once;
     and an output layer that starts at zero, since the first rollout is normalised for the updates with
-    statistics that the actor had not when it acted. The first iteration of a run checks the last two.
+    statistics that the actor had not when it acted. The first iterations of a run check the last two.
+
+    Every array in the module is a weight and is trained: constants are made where they are used, as in
+    `embed`. There is no state for dropout or batch normalisation.
     """
 
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
@@ -875,7 +878,7 @@ def trajectory_kl(actor: Actor, old_actor: Actor, observation: Array, trajectory
     """c(s), (B,): KL of the old actor's trajectories from the actor's, in closed form at each step.
 
     `trajectory` holds chains of the old actor at these observations. Any other trust region can take this
-    function's place; it may use both actors.
+    function's place, if it is 0 between equal actors; it may use both.
     """
     latents, means = trajectory
     observation_part, time_part = actor.embed(observation)
@@ -1060,7 +1063,7 @@ def update_epochs(setup: Setup, learner: Learner, data: Batch, key: Array) -> tu
 
     learner, metrics = jax.lax.scan(step, learner, (order, noise_keys))
     minibatches_per_epoch = args.batch_size // args.minibatch_size
-    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(), metrics)
+    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(0), metrics)
 
 
 # ------------------------------------------------------------------------------------------------- iteration
@@ -1329,7 +1332,7 @@ def write_policy(args: Args, policy: Callable, sizes: tuple[int, int], facts: di
     for name in ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps"):
         facts[name] = getattr(args, name)
     facts["script"] = SCRIPT
-    facts["git_commit"] = provenance()["git_commit"]
+    facts["git_commit"] = git_commit()
     texts = {name: str(value) for name, value in facts.items()}
     onnx = import_module("onnx")
     onnx.helper.set_model_props(model, texts)
@@ -1430,16 +1433,23 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 
 # ------------------------------------------------------------------------------------------------ run folder
+def git_commit() -> str:
+    """This file's commit, with -dirty or -untracked where that does not hold it; empty outside a clone."""
+    path = pathlib.Path(__file__).resolve()
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=False)
+    commit = git("git describe --always --dirty --abbrev=40".split()).stdout.strip()
+    if commit and git(["git", "ls-files", "--error-unmatch", path.name]).returncode:
+        commit += "-untracked"
+    return commit
+
+
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device, XLA's flags and versions."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = jax.local_devices()[0].device_kind
     return {
         "script": SCRIPT,
         "command": sys.argv,
-        "git_commit": commit,  # empty outside a clone
+        "git_commit": git_commit(),
         "device": f"{jax.local_device_count()} x {device}, {os.cpu_count()} cores",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": sys.version,
@@ -1658,13 +1668,17 @@ def make_state(setup: Setup, saved: dict[str, Any]) -> TrainState:
     return jax.device_put(state, NamedSharding(setup.mesh, P()))
 
 
-def check_contract(metrics: dict[str, np.ndarray]) -> None:
-    """End a run whose first rollout holds other chains than its actor has; Actor says what it must keep."""
+def check_contract(metrics: dict[str, np.ndarray], done: int) -> None:
+    """End a run whose rollout holds other chains than its actor has; Actor says what it must keep.
+
+    In both of its first iterations: while the output layer is 0, an actor ignores every latent.
+    """
     kl = float(metrics["trust_region/initial_kl"].max())
     if kl > 1e-3:
         sys.exit(
-            f"{SCRIPT}.py: iteration 1 began {kl:.3g} nats from the policy that made its rollout, not 0. "
-            "The actor's output layer has to start at zero, and its output may depend on no latent but a^n."
+            f"{SCRIPT}.py: iteration {done} began {kl:.3g} nats from the policy that made its rollout, "
+            "not 0. The actor's output layer has to start at zero, its output may depend on no latent but "
+            "a^n, and trajectory_kl of an actor from itself has to be 0."
         )
 
 
@@ -1730,8 +1744,8 @@ def run_training(
         done += 1
         step = done * args.batch_size
         last = done == args.num_iterations
-        if done == 1:
-            check_contract(updated)
+        if done < 3:
+            check_contract(updated, done)
         due = (last or done % args.eval_interval == 0) and not not_finite(metrics)
         try:
             envs.check()

@@ -634,8 +634,11 @@ class Actor(nn.Module):
     What a replacement must keep: `prior_std`, `step_sizes`, `embed` and `forward`; `raw_friction`, whose size
     is that of an action; that f depends on no latent action but a^n, since `trajectory_kl` asks for all steps
     of a stored chain at once; and an output layer that starts at zero, since `iterate` normalises the first
-    rollout with statistics that the actor had not when it acted. The first iteration of a run checks the last
-    two.
+    rollout with statistics that the actor had not when it acted. The first iterations of a run check the
+    last two.
+
+    Observations come whole, and the actor sees their first columns. Every parameter must be used, or the
+    gradients' call fails; nothing switches between training and evaluation, as dropout would need.
     """
 
     def __init__(self, args: Args, observation_size: int, action_size: int):
@@ -772,7 +775,7 @@ def trajectory_kl(actor: Actor, old_actor: Actor, observation: Tensor, trajector
     """c(s), (B,): KL of the old actor's trajectories from the actor's, in closed form at each step.
 
     `trajectory` holds chains of the old actor at these observations. Any other trust region can take this
-    function's place; it may use both actors.
+    function's place, if it is 0 between equal actors; it may use both.
     """
     latents, means = trajectory
     observation_part, time_part = actor.embed(observation)
@@ -937,11 +940,10 @@ def update_minibatch(args: Args, learner: Learner, batch: Batch, noise: Tensor) 
 
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
     """The states of a batch that have these numbers."""
-    latents, means = batch.trajectory
     return Batch(
         observation=batch.observation[rows],
         action=batch.action[rows],
-        trajectory=Trajectory(latents[rows], means[rows]),
+        trajectory=Trajectory(*(x[rows] for x in batch.trajectory)),
         target=batch.target[rows],
     )
 
@@ -991,17 +993,22 @@ class TrainState(NamedTuple):
     iteration: int
 
 
+def empty_trajectory(setup: Setup, *axes: int) -> Trajectory:
+    """Storage of chains at states (*axes), as one sample of the policy fills it."""
+    chain = (*axes, setup.args.num_diffusion_steps, setup.action_size)
+    return Trajectory(torch.zeros(chain, device=setup.device), torch.zeros(chain, device=setup.device))
+
+
 def empty_rollout(setup: Setup) -> Transition:
     """Storage of a rollout."""
     args = setup.args
     size = (args.num_steps, *setup.env.observation.shape)
     steps = size[:2]
-    chain = (*steps, args.num_diffusion_steps, setup.action_size)
     empty = functools.partial(torch.empty, device=setup.device)
     return Transition(
         observation=empty(size),
         action=empty(*steps, setup.action_size),
-        trajectory=Trajectory(empty(chain), empty(chain)),
+        trajectory=empty_trajectory(setup, *steps),
         reward=empty(steps),
         terminated=empty(steps, dtype=torch.bool),
         truncated=empty(steps, dtype=torch.bool),
@@ -1024,8 +1031,8 @@ def rollout(setup: Setup, programs: Programs, statistics: Statistics) -> Transit
         action = chain.action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
         data.observation[t] = observation
         data.action[t] = action
-        data.trajectory.latents[t] = chain.trajectory.latents
-        data.trajectory.means[t] = chain.trajectory.means
+        for storage, x in zip(data.trajectory, chain.trajectory, strict=True):
+            storage[t] = x
 
         outcome = setup.env.step(action)
         data.reward[t] = outcome.reward
@@ -1067,11 +1074,10 @@ def update(
     actor = learner.actor
     old_actor = learner.old_actor
     target = critic_targets(setup, programs, learner, data, next_observation)
-    latents, means = data.trajectory
     batch = Batch(
         observation=flatten_rollout(observation),
         action=flatten_rollout(data.action),
-        trajectory=Trajectory(flatten_rollout(latents), flatten_rollout(means)),
+        trajectory=Trajectory(*map(flatten_rollout, data.trajectory)),
         target=flatten_rollout(target),
     )
 
@@ -1206,7 +1212,7 @@ def export_policy(setup: Setup, state: TrainState, action_scale: float, terms: S
         "action_scale": action_scale,
         "observation_terms": json.dumps(terms),
         "script": SCRIPT,
-        "git_commit": provenance()["git_commit"],
+        "git_commit": git_commit(),
     }
     for name in ("env_id", "eval_mode", "ode_score_scale", "num_diffusion_steps"):
         facts[name] = getattr(args, name)
@@ -1279,16 +1285,23 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
 
 
 # ------------------------------------------------------------------------------------------------ run folder
+def git_commit() -> str:
+    """This file's commit, with -dirty or -untracked where that does not hold it; empty outside a clone."""
+    path = pathlib.Path(__file__).resolve()
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=False)
+    commit = git("git describe --always --dirty --abbrev=40".split()).stdout.strip()
+    if commit and git(["git", "ls-files", "--error-unmatch", path.name]).returncode:
+        commit += "-untracked"
+    return commit
+
+
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "script": SCRIPT,
         "command": sys.argv,
-        "git_commit": commit,  # empty outside a clone
+        "git_commit": git_commit(),
         "device": f"{WORLD} x {device}, {os.cpu_count()} cores",
         "python": sys.version,
         "versions": {package.name: package.version for package in metadata.distributions()},
@@ -1569,11 +1582,10 @@ def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
     kept = [x.clone() for x in changing_tensors(learner)]
     size = args.minibatch_size // WORLD
     zeros = functools.partial(torch.zeros, device=setup.device)
-    latents = zeros(size, args.num_diffusion_steps, setup.action_size)
     batch = Batch(
         observation=zeros(size, setup.observation_size),
         action=zeros(size, setup.action_size),
-        trajectory=Trajectory(latents, latents.clone()),
+        trajectory=empty_trajectory(setup, size),
         target=zeros(size),
     )
     for _ in range(CALLS_BEFORE_GRAPH + 2):
@@ -1590,13 +1602,17 @@ def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
     print(f"warmed up in {time.perf_counter() - began:.1f} s", flush=True)
 
 
-def check_contract(metrics: dict[str, float]) -> None:
-    """End a run whose first rollout holds other chains than its actor has; Actor says what it must keep."""
+def check_contract(metrics: dict[str, float], done: int) -> None:
+    """End a run whose rollout holds other chains than its actor has; Actor says what it must keep.
+
+    In both of its first iterations: while the output layer is 0, an actor ignores every latent.
+    """
     kl = metrics["trust_region/initial_kl"]
     if kl > 1e-3:
         sys.exit(
-            f"{SCRIPT}.py: iteration 1 began {kl:.3g} nats from the policy that made its rollout, not 0. "
-            "The actor's output layer has to start at zero, and its output may depend on no latent but a^n."
+            f"{SCRIPT}.py: iteration {done} began {kl:.3g} nats from the policy that made its rollout, "
+            "not 0. The actor's output layer has to start at zero, its output may depend on no latent but "
+            "a^n, and trajectory_kl of an actor from itself has to be 0."
         )
 
 
@@ -1650,8 +1666,8 @@ def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, 
         done = state.iteration
         step = done * args.batch_size
         last = done == args.num_iterations
-        if done == 1:
-            check_contract(metrics)
+        if done < 3:
+            check_contract(metrics, done)
         stop = largest(received[0] if received else 0)
         bad = not_finite(metrics)
         if not bad and not stop and (last or done % args.eval_interval == 0):

@@ -60,10 +60,10 @@ def test_an_actor_that_sees_before_it_learns_ends_the_run(script):
     state = jax.jit(lambda key: script.init_state(setup, key))(jax.random.PRNGKey(1))
     iterate = jax.jit(jax.vmap(lambda state: script.iterate(setup, state)))
     seeds = jax.tree.map(lambda x: x[None], state)
-    script.check_contract(iterate(seeds)[1])
+    script.check_contract(iterate(seeds)[1], 1)
     seeds.learner.actor.output.kernel[...] += 0.1
     with pytest.raises(SystemExit, match="output layer has to start at zero"):
-        script.check_contract(iterate(seeds)[1])
+        script.check_contract(iterate(seeds)[1], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -38,7 +38,7 @@ VALUE_BASED = (
     "critic_loss actor_loss update_minibatch update_epochs Transition init_state sample_policy rollout update "
     "evaluation_action")
 OWN |= dict.fromkeys(("ppo_mjx", "spo_mjx"), VALUE_BASED + " train")
-OWN |= {"dppo_mjx": VALUE_BASED + " SCHEDULE_SHIFT Trajectory Chain sample_chain TrainState iterate",
+OWN |= {"dppo_mjx": VALUE_BASED + " SCHEDULE_SHIFT Trajectory Chain sample_chain TrainState iterate check_contract",
         "fpo_mjx": VALUE_BASED + " TIME_FEATURES init_statistics iterate train"}
 NO_EXPORT = " MAY_CHANGE COMMAND_LINE_ONLY check_args main"  # which trudi_mjx.py alone does
 OWN = {name: words + NO_EXPORT for name, words in OWN.items()}

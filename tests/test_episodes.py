@@ -153,3 +153,37 @@ def test_rollout_keeps_what_acted():
     inside = np.abs(data.action) < 0.99
     deviation = np.asarray((last - data.trajectory.means[:, :, 0]) / np.sqrt(2 * steps[0]))[inside]
     assert 0.5 < deviation.std() < 1.5  # a^0 was drawn around the first mean
+
+
+def test_what_is_logged_of_targets_duals_and_episodes(monkeypatch):
+    """Episodes of five steps, which pay 1 to 5; the first of an environment does not count if its clock was set."""
+    args = small_args(num_steps=16, minibatch_size=256, v_min=-1.0, v_max=1.5, num_diffusion_steps=2)
+    setup = setup_for(Counter(), args, 5)
+    state = trudi.init_state(setup, jax.random.PRNGKey(0))
+    targets = np.linspace(-2, 2, 256, dtype=np.float32)
+    monkeypatch.setattr(trudi, "critic_targets", lambda *_: jnp.asarray(targets).reshape(16, 16))
+    duals = {"log_alpha": jnp.log(0.02), "log_lambda": jnp.log(0.03)}
+    after, found = jax.jit(lambda state: trudi.iterate(setup, state))(
+        state._replace(learner=state.learner._replace(duals=duals)))
+    learner = after.learner
+    assert found["critic/targets_clipped"] == np.mean((targets < -1) | (targets > 1.5))
+    np.testing.assert_allclose(found["critic/target"], 0, atol=1e-6)
+    np.testing.assert_allclose(found["entropy/alpha"], np.exp(learner.duals["log_alpha"]), rtol=1e-6)
+    np.testing.assert_allclose(found["trust_region/lambda"], np.exp(learner.duals["log_lambda"]), rtol=1e-6)
+    friction = np.log1p(np.exp(learner.actor.raw_friction[...]))
+    np.testing.assert_allclose(found["entropy/friction"], friction.mean(), rtol=1e-6)
+    assert found["charts/episodic_return"] == 15 and found["charts/episodic_length"] == 5
+    assert found["charts/episodes"] == sum((16 + int(clock)) // 5 - (clock > 0) for clock in state.env_state.clock)
+
+
+@pytest.mark.parametrize("mode", ["ode", "sde", "best-of-k"])
+def test_actor_and_critic_may_see_different_things(mode):
+    """As those of the humanoids do."""
+    args = small_args(eval_mode=mode)
+    setup = setup_for(Counter(), args, 5)
+    actor = trudi.Actor(args, 3, 1, trudi.nnx.Rngs(0))
+    critic = trudi.Critic(args, 7, 1, trudi.nnx.Rngs(0))
+    learner = trudi.Learner(actor, critic, *[None] * 4)
+    inputs = trudi.network_inputs({"state": jnp.zeros((4, 3)), "privileged_state": jnp.zeros((4, 7))})
+    shape = jax.eval_shape(lambda key: trudi.evaluation_action(setup, learner, inputs, key), jax.random.PRNGKey(0)).shape
+    assert shape == (4, 1)

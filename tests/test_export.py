@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import pathlib
+import re
 from types import SimpleNamespace
 
 import jax
@@ -44,9 +46,32 @@ def check(path, observation, noise, expected, facts):
     onnx.checker.check_model(str(path))
 
 
+def check_lines(path, observation, monkeypatch):
+    """The lines of Python in copying.md act with a file as `act` does."""
+    page = (pathlib.Path(__file__).parent.parent / "benchmark" / "copying.md").read_text()
+    (lines,) = [text for text in re.findall("```python\n(.*?)```", page, re.S) if "onnxruntime" in text]
+    noises, actions = [], []
+
+    def normal(shape, draw=np.random.standard_normal):
+        noises.append(draw(shape))
+        return noises[-1]
+
+    def move(action):
+        actions.append(action)
+        if len(actions) == 3:
+            raise EOFError
+
+    monkeypatch.setattr(np.random, "standard_normal", normal)
+    monkeypatch.chdir(path.parent)
+    with pytest.raises(EOFError):
+        exec(lines, {"read_sensors": lambda: observation, "move": move})
+    for noise, action in zip(noises, actions, strict=True):
+        np.testing.assert_allclose(act(path, observation, noise)[0][0], action, rtol=1e-5, atol=1e-5)
+
+
 @MODES
 @pytest.mark.parametrize("name", ["trudi_mjx", "trudi_humanoidbench"])
-def test_jax(name, mode, tmp_path):
+def test_jax(name, mode, tmp_path, monkeypatch):
     script = importlib.import_module(name)
     path = tmp_path / "policy.onnx"
     args = resolved(script, path, mode, "CartpoleBalance" if name == "trudi_mjx" else "Hopper-v5")
@@ -63,17 +88,21 @@ def test_jax(name, mode, tmp_path):
         statistics=script.Statistics(jnp.float32(9), moments), iteration=jnp.int32(4),
     )
     seen = script.normalize(state.statistics, observation)
+    if not box:  # the critic sees something else
+        both = {"state": moments, "privileged_state": jnp.ones((2, SEEN + 2))}
+        state.statistics = script.Statistics(jnp.float32(9), both)
     key = jax.random.PRNGKey(1)
     expected = script.evaluation_action(setup, state.learner, script.Inputs(seen, seen), key)
     expected = np.clip(expected, -script.ACTION_LIMIT, script.ACTION_LIMIT)
     facts = dict(env_id=args.env_id, script=name, eval_mode=mode, ode_score_scale=0.7, num_diffusion_steps=3,
-                 step=4 * args.batch_size)
+                 iteration=4)
     if box:
         expected = LOW + (expected + 1) / 2 * (HIGH - LOW)
         facts |= {"action_low": LOW.tolist(), "action_high": HIGH.tolist()}
-    else:  # with the axis of seeds
+    else:  # the first of two seeds
+        facts |= {"action_scale": 1.0}
         state.learner = script.Learner(**{**dict.fromkeys(script.Learner._fields), "actor": actor})
-        state = SimpleNamespace(**jax.tree.map(lambda x: x[None], vars(state)))
+        state = SimpleNamespace(**jax.tree.map(lambda x: jnp.stack([x, x + 1]), vars(state)))
     if mode == "ode":
         noise = jax.random.normal(key, (STATES, ACTIONS))
     else:
@@ -82,6 +111,8 @@ def test_jax(name, mode, tmp_path):
     export = script.export_policy if box else script.export_first_seed
     export(setup, state)
     check(path, observation, noise, expected, facts)
+    if mode == "ode":
+        check_lines(path, observation[:1], monkeypatch)
 
 
 @MODES
@@ -114,5 +145,5 @@ def test_pytorch(name, mode, tmp_path):
     terms = ["base: 3", "joints: 2"]
     script.export_policy(setup, state, 0.5, terms)
     facts = dict(env_id=args.env_id, script=name, eval_mode=mode, num_diffusion_steps=3, action_scale=0.5,
-                 step=4 * args.batch_size, observation_terms=json.dumps(terms))
+                 iteration=4, observation_terms=json.dumps(terms))
     check(path, observation, noise, np.asarray(expected), facts)

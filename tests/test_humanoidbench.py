@@ -155,7 +155,14 @@ def test_evaluation(env_id, simulators, tmp_path):
     expected = EPISODES[env_id]
     setup = setup_for(env_id)
     state = trudi.new_state(setup, jax.random.PRNGKey(0))
-    found = trudi.play(setup, fixed_policy(0.5)[1], simulators(env_id, 3, 2), state, tmp_path)
+    keys = []
+
+    def choose(learner, statistics, observation, key):
+        keys.append(tuple(np.asarray(key)))
+        return fixed_policy(0.5)[1](learner, statistics, observation, key)
+
+    found = trudi.play(setup, choose, simulators(env_id, 3, 2), state, tmp_path)
+    assert len(set(keys)) == len(keys) > 4  # each step has noise of its own
     assert {f"eval/{name}": x for name, x in expected.items()}.items() <= found.items()
     assert ("eval/success" in found) == ("success" in expected)
     low = trudi.play(setup, fixed_policy(0.1)[1], simulators(env_id, 3, 2), state, tmp_path)
@@ -272,23 +279,52 @@ def test_finite_metrics_end_no_run(simulators, tmp_path, monkeypatch, capsys):
 
 
 def test_an_actor_that_breaks_its_contract_ends_the_run(simulators):
-    """Its output layer must start at 0, as the first rollout is learned from with other statistics."""
+    """Its output layer must start at 0, as the first rollout is learned from with other statistics; later ones are learned
+    from with those that they were sampled with, however much they move."""
     setup = setup_for("Hopper-v5")
     programs = trudi.make_programs(setup)
     envs = simulators("Hopper-v5", 4, 1)
-    envs.reset(1)
-    kept = trudi.make_state(setup, {})
-    data, _ = trudi.collect(setup, programs.sample, envs, kept)
-    _, found = programs.update(kept, data)
-    assert float(found["trust_region/initial_kl"]) < 1e-6
-    trudi.check_contract(jax.device_get(found))
 
-    broken = trudi.make_state(setup, {})
-    output = broken.learner.actor.output
-    output.kernel[...] = jax.random.normal(jax.random.PRNGKey(1), output.kernel.shape)
-    envs.reset(1)
-    data, _ = trudi.collect(setup, programs.sample, envs, broken)
-    _, found = programs.update(broken, data)
+    def learn(state, iteration):
+        envs.reset(1)
+        data, _ = trudi.collect(setup, programs.sample, envs, state)
+        after, found = programs.update(state, data)
+        found = jax.device_get(found)
+        trudi.check_contract(found, iteration)
+        return after, float(found["trust_region/initial_kl"])
+
+    assert learn(trudi.make_state(setup, {}), 1)[1] < 1e-6
+    def lively():
+        state = trudi.make_state(setup, {})
+        output = state.learner.actor.output
+        output.kernel[...] = jax.random.normal(jax.random.PRNGKey(1), output.kernel.shape)
+        return state
+
     with pytest.raises(SystemExit) as stop:
-        trudi.check_contract(jax.device_get(found))
+        learn(lively(), 1)
     assert "nats" in stop.value.code and "output layer has to start at zero" in stop.value.code
+
+    later = lively()
+    statistics = later.statistics
+    moments = statistics.moments + np.array([[5.0], [9.0]])
+    later = later._replace(statistics=trudi.Statistics(statistics.count + 32, moments), iteration=later.iteration + 1)
+    after, kl = learn(later, 2)
+    assert abs(kl) < 1e-5
+    assert float(after.statistics.count) == 64
+    assert np.abs(after.statistics.moments[0] - 5).max() > 1
+
+
+@pytest.mark.parametrize(("kl", "last"), [([0.1], 1), ([0, 0.1], 2), ([0, 0, 0.1], None)])
+def test_training_checks_the_contract(kl, last, simulators, tmp_path, monkeypatch):
+    """In the first two iterations."""
+    found = {"trust_region/initial_kl": np.zeros(())}
+    left = [*kl, *[0] * 10]
+
+    def happen(what):
+        found["trust_region/initial_kl"] = np.asarray(left.pop(0) if what == "update" else 0.0)
+
+    if last is None:
+        assert run_with(found, simulators, tmp_path, monkeypatch, happen)[0] == 0
+    else:
+        with pytest.raises(SystemExit, match=f"iteration {last} began 0.1 nats"):
+            run_with(found, simulators, tmp_path, monkeypatch, happen)

@@ -105,6 +105,19 @@ def test_videos_are_of_30_frames_a_second_at_most(step_dt, steps, fps, monkeypat
     assert written == [(steps, pytest.approx(fps))]
 
 
+def test_later_rollouts_are_learned_from_with_the_statistics_of_their_sampling():
+    """As test_maniskill.py has it."""
+    setup, state, programs = prepared(Counters())
+    torch.manual_seed(0)
+    torch.nn.init.normal_(state.learner.actor.output.weight)
+    size = setup.observation_size
+    statistics = trudi.Statistics(16, torch.full((size,), 5.0), torch.full((size,), 9.0))
+    state, metrics = trudi.iterate(setup, programs, state._replace(statistics=statistics, iteration=1))
+    assert abs(float(metrics["trust_region/initial_kl"])) < 1e-5
+    assert float(metrics["trust_region/stored_kl"]) > 1e-3
+    assert state.statistics.count > 16 and state.statistics.mean.sub(5).abs().max() > 0.5
+
+
 def test_the_simulator_gets_scaled_actions_of_its_own():
     setup, state, programs = prepared(Counters(), action_scale=2.5)
     with torch.no_grad():

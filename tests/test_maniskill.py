@@ -4,11 +4,13 @@ compares its losses with trudi_mjx.py's."""
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import sys
 
 import numpy as np
 import pytest
+from runner import metrics as curve
 from runner import together
 
 torch = pytest.importorskip("torch")
@@ -60,7 +62,7 @@ def test_one_scene_of_three_is_three_of_one():
             assert torch.equal(a, b)
 
 
-def test_environments_are_seeded_apart():
+def test_environments_are_seeded_apart(monkeypatch):
     env = counter_env(*[Counter() for _ in range(4)])
     training = counter_env(*[Counter() for _ in range(4)], evaluation=False)
 
@@ -71,6 +73,18 @@ def test_environments_are_seeded_apart():
     first = seeds(env, 0)
     assert len({*first, *seeds(env, 1), *seeds(training, 0)}) == 12
     assert seeds(env, 0) == first
+    monkeypatch.setattr(trudi, "RANK", 1)
+    assert not {*seeds(env, 0)} & {*first}
+
+
+def test_processes_draw_noise_of_their_own(monkeypatch):
+    def noise(rank, *numbers):
+        monkeypatch.setattr(trudi, "RANK", rank)
+        trudi.seed_noise(small_args(), *numbers)
+        return float(torch.randn(()))
+
+    drawn = [noise(0, 5), noise(1, 5), noise(0, 6), noise(0, 5, 1)]
+    assert len(set(drawn)) == 4 and noise(0, 5) == drawn[0]
 
 
 def test_rollout_keeps_what_acted_and_counts_whole_episodes_only():
@@ -111,6 +125,55 @@ def test_first_minibatch_is_on_policy_and_the_iteration_learns():
     state, metrics = trudi.iterate(setup, programs, state)
     assert state.iteration == 2
     assert all(np.isfinite(float(x)) for x in metrics.values())
+
+
+class Passing(Counter):
+    """Succeeds on its way, not at its end."""
+
+    def step(self, action):
+        *found, info = super().step(action)
+        facts = info.get("final_info", info)["episode"]
+        facts |= {"success_once": torch.tensor([True]), "success_at_end": torch.tensor([False])}
+        return *found, info
+
+
+def test_success_once_is_not_success_at_the_end(tmp_path):
+    env = counter_env(Passing(limit=99), Counter(limit=99))
+    found = trudi.averages(env.play(lambda observation: torch.zeros(2, 3), 0, tmp_path))
+    assert found == {
+        "eval/episodic_return": 15,
+        "eval/episodic_return_std": 0,
+        "eval/episodic_length": 5,
+        "eval/success_once": 0.5,
+        "eval/success_at_end": 0,
+    }
+
+
+def test_what_is_logged_of_targets_and_duals(monkeypatch):
+    args = small_args(v_min=-1.0, v_max=1.5)
+    setup, state, programs = counter_setup(args, [Counter(), Counter()])
+    targets = torch.linspace(-2, 2, 16)
+    monkeypatch.setattr(trudi, "critic_targets", lambda *_: targets.reshape(8, 2))
+    state.learner.actor.raw_friction.data = torch.tensor([0.0, 1.0, 2.0])
+    state.learner.log_duals[0].data += 1
+    state, metrics = trudi.iterate(setup, programs, state)
+    learner = state.learner
+    friction = np.log1p(np.exp(learner.actor.raw_friction.detach().numpy())).mean()
+    alpha, lambda_ = (math.exp(x.item()) for x in learner.log_duals)
+    found = {name: float(x) for name, x in metrics.items()}
+    assert found["critic/targets_clipped"] == np.mean([not -1 <= x <= 1.5 for x in targets])
+    assert found["critic/target"] == pytest.approx(0, abs=1e-6)
+    assert found["entropy/alpha"] == pytest.approx(alpha)
+    assert found["trust_region/lambda"] == pytest.approx(lambda_)
+    assert found["entropy/friction"] == pytest.approx(float(friction))
+
+
+def test_time_goes_on_where_a_run_is_continued(tmp_path):
+    args = small_args(log_dir=str(tmp_path), total_timesteps=16)
+    setup, state, programs = counter_setup(args, [Counter(), Counter()])
+    assert trudi.train(setup, programs, state, {"wall_time": 1000.0}) == 0
+    (folder,) = tmp_path.iterdir()
+    assert 1000 < curve(folder)[0]["wall_time"] < 1100
 
 
 @pytest.mark.parametrize("k", [1, 2, 10])
@@ -256,12 +319,16 @@ def test_an_actor_that_breaks_the_contract_ends_the_run(tmp_path):
     assert "output layer has to start at zero" in str(stop.value.code)
 
 
-def test_later_iterations_begin_at_the_policy_that_acted():
+def test_later_rollouts_are_learned_from_with_the_statistics_of_their_sampling():
+    """However much these move: here the observations' mean by half, of an actor that sees the difference."""
     setup, state, programs = counter_setup(small_args(), [Counter(), Counter()])
-    for _ in range(3):
-        state, metrics = trudi.iterate(setup, programs, state)
-        assert abs(float(metrics["trust_region/initial_kl"])) < 1e-5
-    assert float(metrics["trust_region/stored_kl"]) > 1e-5
+    torch.manual_seed(0)
+    torch.nn.init.normal_(state.learner.actor.output.weight)
+    statistics = trudi.Statistics(16, torch.full((2,), 5.0), torch.full((2,), 9.0))
+    state, metrics = trudi.iterate(setup, programs, state._replace(statistics=statistics, iteration=1))
+    assert abs(float(metrics["trust_region/initial_kl"])) < 1e-5
+    assert float(metrics["trust_region/stored_kl"]) > 1e-3
+    assert state.statistics.count == 32 and state.statistics.mean.sub(5).abs().min() > 0.5
 
 
 def test_what_may_change_are_flags():

@@ -30,6 +30,7 @@ def test_every_task_trains_and_is_evaluated(env_id, tmp_path):
     assert trudi.not_finite(trudi.averages(metrics)) == []
     metrics = trudi.averages(trudi.evaluate(setup, state, tmp_path))
     assert metrics["eval/episodic_length"] == setup.env.time_limit
+    assert setup.args.gamma == pytest.approx(1 - 10 / setup.env.time_limit)
     assert 0 <= metrics["eval/success_at_end"] <= metrics["eval/success_once"] <= 1
     assert np.isfinite(metrics["eval/episodic_return"])
 

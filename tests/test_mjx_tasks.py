@@ -106,6 +106,33 @@ def test_a_task_of_ones_own():
     assert made("endless_task:Endless", episode_length=7).time_limit == 7
 
 
+@pytest.mark.parametrize("fault, error", [("import no_such_module", ModuleNotFoundError), ("x = len(3)", TypeError)])
+def test_a_fault_of_ones_own_is_shown_where_it_is(fault, error, tmp_path, monkeypatch):
+    """In the module, or where the class is made: a traceback, as Python has it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"faulty_{error.__name__}.py").write_text(fault)
+    with pytest.raises(error):
+        made(f"faulty_{error.__name__}:Task")
+    (tmp_path / f"late_{error.__name__}.py").write_text(
+        "import own_tasks\nclass Task(own_tasks.Point):\n    def __init__(self, **_):\n        len(3)\n")
+    with pytest.raises(TypeError):
+        made(f"late_{error.__name__}:Task")
+
+
+def test_episodes_shorter_than_a_rollout_are_told_of(capsys):
+    for steps, words in ((20, 0), (21, 1)):
+        trudi.make_setup(small_args(env_id="own_tasks:Point", num_steps=steps, minibatch_size=16))
+        assert capsys.readouterr().out.count("shorter than rollouts") == words
+
+
+def test_run_k_has_seed_plus_k():
+    sizes = dict(env_id="own_tasks:Point", hidden_dim=4, num_envs=4, num_steps=16)
+    two, one = (trudi.prepare(trudi.make_setup(small_args(**sizes, seed=seed, num_seeds=count)), {})[0]
+                for seed, count in ((3, 2), (4, 1)))
+    for both, alone in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(both[1], alone[0], rtol=1e-6, atol=1e-6)
+
+
 def test_which_numbers_an_unknown_task_gets_is_said(capsys):
     for env_id, suite in (("own_tasks:Point", "dmc"), ("PointMass", "dmc"), ("Go1JoystickFlatTerrain", "humanoid")):
         args = small_args(env_id=env_id)
@@ -133,8 +160,9 @@ def test_a_task_of_ones_own_trains(runner):
 
 
 @pytest.mark.parametrize(("env_id", "config", "message"), [
-    ("own_tasks:Nothing", (), "not an importable module:Class"),
-    ("no_such_module:Point", (), "not an importable module:Class"),
+    ("own_tasks:Nothing", (), "must be a subclass"),
+    ("no_such_module:Point", (), "no module no_such_module on PYTHONPATH"),
+    ("no_such_module.part:Point", (), "no module no_such_module.part on PYTHONPATH"),
     ("own_tasks:NoTask", (), "must be a subclass"),
     ("endless_task:Endless", (), "--episode-length"),
     ("own_tasks:Point", ("reward.scales=2",), "own_tasks:Point has no such setting; the nearest are reward.scale"),

@@ -856,7 +856,7 @@ def trajectory_kl(actor: Actor, old_actor: Actor, observation: Array, trajectory
     """c(s), (B,): KL of the old actor's trajectories from the actor's, in closed form at each step.
 
     `trajectory` holds chains of the old actor at these observations. Any other trust region can take this
-    function's place; it may use both actors.
+    function's place, if it is 0 between equal actors; it may use both.
     """
     latents, means = trajectory
     observation_part, time_part = actor.embed(observation)
@@ -1014,7 +1014,7 @@ def update_epochs(setup: Setup, learner: Learner, data: Batch, key: Array) -> tu
 
     learner, metrics = jax.lax.scan(step, learner, (order, noise_keys))
     minibatches_per_epoch = args.batch_size // args.minibatch_size
-    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(), metrics)
+    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(0), metrics)
 
 
 # ------------------------------------------------------------------------------------------------- iteration
@@ -1312,16 +1312,23 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 
 # ------------------------------------------------------------------------------------------------ run folder
+def git_commit() -> str:
+    """This file's commit, with -dirty or -untracked where that does not hold it; empty outside a clone."""
+    path = pathlib.Path(__file__).resolve()
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=False)
+    commit = git("git describe --always --dirty --abbrev=40".split()).stdout.strip()
+    if commit and git(["git", "ls-files", "--error-unmatch", path.name]).returncode:
+        commit += "-untracked"
+    return commit
+
+
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device, XLA's flags and versions."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = jax.local_devices()[0].device_kind
     return {
         "script": SCRIPT,
         "command": sys.argv,
-        "git_commit": commit,  # empty outside a clone
+        "git_commit": git_commit(),
         "device": f"{jax.local_device_count()} x {device}, {os.cpu_count()} cores",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": sys.version,

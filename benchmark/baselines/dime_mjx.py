@@ -424,10 +424,13 @@ def find_task(args: Args) -> tuple[Callable, Any]:
         return task, registry.get_default_config(args.env_id)
     module_name, _, class_name = args.env_id.partition(":")
     try:
-        module = import_module(module_name)
-        task = getattr(module, class_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        fail(f"--env-id {args.env_id} is not an importable module:Class ({error})")
+        found = util.find_spec(module_name)
+    except (ImportError, ValueError):  # of a parent, or of no name
+        found = None
+    if not found:
+        fail(f"--env-id {args.env_id}: no module {module_name} on PYTHONPATH or beside {SCRIPT}.py")
+    module = import_module(module_name)
+    task = getattr(module, class_name, None)
     base = import_playground(args.env_id).MjxEnv
     if not isinstance(task, type) or not issubclass(task, base):
         fail(f"--env-id {args.env_id} must be a subclass of mujoco_playground.MjxEnv")
@@ -468,12 +471,16 @@ def make_setup(args: Args) -> Setup:
     try:
         env = task(config=config, config_overrides=overrides)
     except (TypeError, ValueError, OSError, subprocess.CalledProcessError) as error:
+        if ":" in args.env_id and not args.env_config:
+            raise  # its author needs to see where
         fail(f"{args.env_id} cannot be made with {overrides} ({error})")
     if args.impl == "mujoco":
         use_mujoco(env, args)
     time_limit = args.episode_length or config.get("episode_length")
     if not time_limit:
         fail(f"{args.env_id} has no episode_length; give it with --episode-length")
+    if time_limit < args.num_steps:
+        print("episodes are shorter than rollouts, in which an environment starts them all from one state")
     devices = []
     for index, device in enumerate(jax.devices()):
         if index % jax.local_device_count() < args.num_devices:
@@ -869,7 +876,7 @@ def trajectory_kl(actor: Actor, old_actor: Actor, observation: Array, trajectory
     """c(s), (B,): KL of the old actor's trajectories from the actor's, in closed form at each step.
 
     `trajectory` holds chains of the old actor at these observations. Any other trust region can take this
-    function's place; it may use both actors.
+    function's place, if it is 0 between equal actors; it may use both.
     """
     latents, means = trajectory
     observation_part, time_part = actor.embed(observation)
@@ -1027,7 +1034,7 @@ def update_epochs(setup: Setup, learner: Learner, data: Batch, key: Array) -> tu
 
     learner, metrics = jax.lax.scan(step, learner, (order, noise_keys))
     minibatches_per_epoch = args.batch_size // args.minibatch_size
-    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(), metrics)
+    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(0), metrics)
 
 
 # ------------------------------------------------------------------------------------------------- iteration
@@ -1360,18 +1367,6 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
-    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
-    steps = []
-    for folder in (run, run.parent):  # a seed's checkpoints are its run's
-        paths = (folder / "checkpoints").glob("*")
-        steps += [int(path.name) for path in paths if path.name.isdigit()]
-    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
-    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
-    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
-    os._exit(1)  # without waiting for threads that cannot write either
-
-
 def write_arrays(folder: pathlib.Path, content: dict[str, Any], step: int) -> None:
     """Write a checkpoint and keep the last three; Orbax never reads unfinished ones."""
     options = ocp.CheckpointManagerOptions(max_to_keep=3, enable_async_checkpointing=False)
@@ -1500,16 +1495,23 @@ def parse() -> Args:
     return args
 
 
+def git_commit() -> str:
+    """This file's commit, with -dirty or -untracked where that does not hold it; empty outside a clone."""
+    path = pathlib.Path(__file__).resolve()
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=False)
+    commit = git("git describe --always --dirty --abbrev=40".split()).stdout.strip()
+    if commit and git(["git", "ls-files", "--error-unmatch", path.name]).returncode:
+        commit += "-untracked"
+    return commit
+
+
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device, XLA's flags and versions."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = jax.local_devices()[0].device_kind
     return {
         "script": SCRIPT,
         "command": sys.argv,
-        "git_commit": commit,  # empty outside a clone
+        "git_commit": git_commit(),
         "device": f"{jax.local_device_count()} x {device}, {os.cpu_count()} cores",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": sys.version,
@@ -1558,6 +1560,18 @@ def open_run(folder: pathlib.Path, args: Args) -> None:
             dir=str(folder),
             sync_tensorboard=True,
         )
+
+
+def end_unwritten(run: pathlib.Path, error: BaseException) -> None:
+    """End a run that cannot write, as on a full disk: one line on stderr and exit code 1."""
+    steps = []
+    for folder in (run, run.parent):  # a seed's checkpoints are its run's
+        paths = (folder / "checkpoints").glob("*")
+        steps += [int(path.name) for path in paths if path.name.isdigit()]
+    last = f"its last whole checkpoint is of step {max(steps)}" if steps else "it has no checkpoint"
+    reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+    print(f"{SCRIPT}.py: error: cannot write to {run} ({reason}); {last}", file=sys.__stderr__, flush=True)
+    os._exit(1)  # without waiting for threads that cannot write either
 
 
 def append(path: pathlib.Path, line: str) -> None:

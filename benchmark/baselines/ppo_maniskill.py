@@ -1014,16 +1014,23 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
 
 
 # ------------------------------------------------------------------------------------------------ run folder
+def git_commit() -> str:
+    """This file's commit, with -dirty or -untracked where that does not hold it; empty outside a clone."""
+    path = pathlib.Path(__file__).resolve()
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=False)
+    commit = git("git describe --always --dirty --abbrev=40".split()).stdout.strip()
+    if commit and git(["git", "ls-files", "--error-unmatch", path.name]).returncode:
+        commit += "-untracked"
+    return commit
+
+
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "script": SCRIPT,
         "command": sys.argv,
-        "git_commit": commit,  # empty outside a clone
+        "git_commit": git_commit(),
         "device": f"{WORLD} x {device}, {os.cpu_count()} cores",
         "python": sys.version,
         "versions": {package.name: package.version for package in metadata.distributions()},

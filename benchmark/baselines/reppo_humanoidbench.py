@@ -708,7 +708,7 @@ class Actor(nnx.Module):
     """The mean and the standard deviation of a Gaussian, of which the action is the tanh.
 
     What a replacement must keep: an output layer that starts at zero, since `iterate` normalises the first
-    rollout with statistics that the actor had not when it acted. The first iteration of a run checks it.
+    rollout with statistics that the actor had not when it acted. The first iterations of a run check it.
     """
 
     def __init__(self, args: Args, observation_size: int, action_size: int, rngs: nnx.Rngs):
@@ -964,7 +964,7 @@ def update_epochs(setup: Setup, learner: Learner, data: Batch, key: Array) -> tu
 
     learner, metrics = jax.lax.scan(step, learner, (order, noise_keys))
     minibatches_per_epoch = args.batch_size // args.minibatch_size
-    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(), metrics)
+    return learner, jax.tree.map(lambda x: x[-minibatches_per_epoch:].mean(0), metrics)
 
 
 # ------------------------------------------------------------------------------------------------- iteration
@@ -1279,16 +1279,23 @@ def fill_state(shapes: TrainState, arrays: dict[str, np.ndarray]) -> TrainState:
 
 
 # ------------------------------------------------------------------------------------------------ run folder
+def git_commit() -> str:
+    """This file's commit, with -dirty or -untracked where that does not hold it; empty outside a clone."""
+    path = pathlib.Path(__file__).resolve()
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=False)
+    commit = git("git describe --always --dirty --abbrev=40".split()).stdout.strip()
+    if commit and git(["git", "ls-files", "--error-unmatch", path.name]).returncode:
+        commit += "-untracked"
+    return commit
+
+
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device, XLA's flags and versions."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = jax.local_devices()[0].device_kind
     return {
         "script": SCRIPT,
         "command": sys.argv,
-        "git_commit": commit,  # empty outside a clone
+        "git_commit": git_commit(),
         "device": f"{jax.local_device_count()} x {device}, {os.cpu_count()} cores",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": sys.version,
@@ -1507,13 +1514,13 @@ def make_state(setup: Setup, saved: dict[str, Any]) -> TrainState:
     return jax.device_put(state, NamedSharding(setup.mesh, P()))
 
 
-def check_contract(metrics: dict[str, np.ndarray]) -> None:
-    """End a run whose first rollout is of other Gaussians than its actor's; Actor says what it must keep."""
+def check_contract(metrics: dict[str, np.ndarray], done: int) -> None:
+    """End a run whose rollout is of other Gaussians than its actor's; Actor says what it must keep."""
     kl = float(metrics["trust_region/initial_kl"].max())
     if kl > 1e-3:
         sys.exit(
-            f"{SCRIPT}.py: iteration 1 began {kl:.3g} nats from the policy that made its rollout, not 0. "
-            "The actor's output layer has to start at zero."
+            f"{SCRIPT}.py: iteration {done} began {kl:.3g} nats from the policy that made its rollout, "
+            "not 0. The actor's output layer has to start at zero."
         )
 
 
@@ -1579,8 +1586,8 @@ def run_training(
         done += 1
         step = done * args.batch_size
         last = done == args.num_iterations
-        if done == 1:
-            check_contract(updated)
+        if done < 3:
+            check_contract(updated, done)
         due = (last or done % args.eval_interval == 0) and not not_finite(metrics)
         try:
             envs.check()

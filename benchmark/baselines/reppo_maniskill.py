@@ -1122,16 +1122,23 @@ def fill_state(state: TrainState, saved: dict[str, Any]) -> TrainState:
 
 
 # ------------------------------------------------------------------------------------------------ run folder
+def git_commit() -> str:
+    """This file's commit, with -dirty or -untracked where that does not hold it; empty outside a clone."""
+    path = pathlib.Path(__file__).resolve()
+    git = functools.partial(subprocess.run, cwd=path.parent, capture_output=True, text=True, check=False)
+    commit = git("git describe --always --dirty --abbrev=40".split()).stdout.strip()
+    if commit and git(["git", "ls-files", "--error-unmatch", path.name]).returncode:
+        commit += "-untracked"
+    return commit
+
+
 def provenance() -> dict[str, Any]:
     """What else decides a run's numbers: command, commit, device and versions."""
-    folder = str(pathlib.Path(__file__).resolve().parent)
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "script": SCRIPT,
         "command": sys.argv,
-        "git_commit": commit,  # empty outside a clone
+        "git_commit": git_commit(),
         "device": f"{WORLD} x {device}, {os.cpu_count()} cores",
         "python": sys.version,
         "versions": {package.name: package.version for package in metadata.distributions()},
@@ -1435,13 +1442,13 @@ def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
     print(f"warmed up in {time.perf_counter() - began:.1f} s", flush=True)
 
 
-def check_contract(metrics: dict[str, float]) -> None:
-    """End a run whose first rollout is of other Gaussians than its actor's; Actor says what it must keep."""
+def check_contract(metrics: dict[str, float], done: int) -> None:
+    """End a run whose rollout is of other Gaussians than its actor's; Actor says what it must keep."""
     kl = metrics["trust_region/initial_kl"]
     if kl > 1e-3:
         sys.exit(
-            f"{SCRIPT}.py: iteration 1 began {kl:.3g} nats from the policy that made its rollout, not 0. "
-            "The actor's output layer has to start at zero."
+            f"{SCRIPT}.py: iteration {done} began {kl:.3g} nats from the policy that made its rollout, "
+            "not 0. The actor's output layer has to start at zero."
         )
 
 
@@ -1495,8 +1502,8 @@ def train(setup: Setup, programs: Programs, state: TrainState, saved: dict[str, 
         done = state.iteration
         step = done * args.batch_size
         last = done == args.num_iterations
-        if done == 1:
-            check_contract(metrics)
+        if done < 3:
+            check_contract(metrics, done)
         stop = largest(received[0] if received else 0)
         bad = not_finite(metrics)
         if not bad and not stop and (last or done % args.eval_interval == 0):
