@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -82,6 +83,8 @@ def test_a_copy_without_infrastructure_trains(runner):
         assert word not in text, word
     copy = runner.folder / "stripped.py"
     copy.write_text(text)
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", copy]
+    assert subprocess.run(ruff, capture_output=True).returncode == 0  # no name that has gone is used
     sizes = ("--preset cpu --num-envs 16 --num-steps 8 --minibatch-size 64 --num-epochs 1 --hidden-dim 16 "
              "--num-diffusion-steps 2 --num-eval-envs 2 --total-timesteps 512")
     flags = ["--env-id", "own_tasks:Point", "--device", "cpu", *sizes.split(), *runner.complete([])]

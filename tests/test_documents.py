@@ -63,15 +63,15 @@ def test_every_result_says_where_it_was_made():
 
 
 def test_pages_count_what_a_copy_can_do_without():
-    from test_copies import between, without_infrastructure
+    from test_copies import without_infrastructure
 
     text = (ROOT / "trudi_mjx.py").read_text()
     page = (ROOT / "benchmark" / "copying.md").read_text()
-    lines = between(text, "- what a copy can do without", "- run folder").count("\n")
-    told = re.search(r"some (\d+) lines, and what uses it, in (\d+) places", page)
-    assert abs(int(told[1]) - lines) <= 10
-    cuts = without_infrastructure(text)[1]
-    assert int(told[2]) == cuts
+    remaining, cuts = without_infrastructure(text)
+    told = re.search(r"some ([\d,]+) lines of ([\d,]+) remain after (\d+) cuts", " ".join(page.split()))
+    for number, whole in zip(told.groups(), (remaining, text), strict=False):
+        assert abs(int(number.replace(",", "")) - whole.count("\n")) <= 10
+    assert int(told[3]) == cuts == len(re.findall(r"^\d+\. ", page, re.M))
     assert f"the {cuts} cuts" in (ROOT / "README.md").read_text()
 
 

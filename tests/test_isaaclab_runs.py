@@ -90,7 +90,7 @@ def test_two_processes_train(tmp_path):
 
 
 def test_video(cartpole):
-    videos = [cartpole / "videos" / f"step_{step}.mp4" for step in (32, 64)]
+    videos = [cartpole / "videos" / f"iteration_{iteration}.mp4" for iteration in (2, 4)]
     assert all(path.stat().st_size > 5_000 for path in videos)
 
 

@@ -532,7 +532,7 @@ class IsaacLab:
                 break
         first = torch.where(first[:, 1:].isnan(), self.episode, first)  # that go on beyond the time limit
         if film:
-            path = folder / "videos" / f"step_{iteration * self.args.batch_size}.mp4"
+            path = folder / "videos" / f"iteration_{iteration}.mp4"
             path.parent.mkdir(exist_ok=True)
             import_module("imageio").mimsave(path, frames, fps=1 / (stride * self.env.step_dt))
         self.reset(spread=True)

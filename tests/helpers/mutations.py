@@ -62,6 +62,8 @@ SHARED = [  # with trudi_humanoidbench.py
     ("the mode is ignored", 'if args.eval_mode == "ode":\n        noise', "if True:\n        noise",
      "test_loop.py::evaluation_plays"),
     ("the worst of K", "best = q.argmax(0)", "best = q.argmin(0)", "test_loop.py::evaluation_plays"),
+    ("targets are clipped at both ends or not at all", "(target < args.v_min) | (target", "(target < args.v_min) & (target",
+     "test_episodes.py::what_is_logged"),
 ]
 MJX = [
     ("evaluation on raw observations", "inputs = network_inputs(normalize(state.statistics, now.sim.obs))",
@@ -76,6 +78,20 @@ MJX = [
     ("no new starts", "return refill_starts(setup, env_state, ended.any(0), reset_key), data", "return env_state, data",
      "test_episodes.py::fresh_states"),
     ("statistics take effect at once", "jnp.where(first, new, now), merged", "new, merged", "test_losses.py::move"),
+    ("lambda is alpha", '"trust_region/lambda": jnp.exp(learner.duals["log_lambda"])',
+     '"trust_region/lambda": jnp.exp(learner.duals["log_alpha"])', "test_episodes.py::what_is_logged"),
+    ("returns of all environments", "data.episode_return.mean(where=ended)", "data.episode_return.mean()",
+     "test_episodes.py::what_is_logged"),
+    ("the actor's observation for the critic", "q_value(args, learner.critic(inputs.critic, action))",
+     "q_value(args, learner.critic(inputs.actor, action))", "test_episodes.py::different_things"),
+    ("run k has seed + 7 k", "jax.random.PRNGKey(args.seed + k)", "jax.random.PRNGKey(args.seed + 7 * k)",
+     "test_mjx_tasks.py::run_k"),
+    ("one iteration's contract is checked", "if done < 3:", "if done < 2:", "test_divergence.py::training_checks"),
+    ("time starts anew", '- float(saved.get("wall_time", 0.0))', "- 0.0", "test_divergence.py::training_checks"),
+    ("the last seed is exported", "jax.tree.map(lambda x: x[0], (state.learner", "jax.tree.map(lambda x: x[-1], (state.learner",
+     "test_export.py::jax and mjx"),
+    ("the critic's observations are exported", "network_inputs(statistics.moments).actor",
+     "network_inputs(statistics.moments).critic", "test_export.py::jax and mjx"),
 ]
 GYM = [
     ("evaluation on raw observations", "inputs = same_inputs(normalize(statistics, observation))\n        return",
@@ -86,6 +102,12 @@ GYM = [
      "next_inputs = inputs", "test_loop.py::dynamic"),
     ("the next episode's observation for the true one", 'next_observation=slots["next_observation"]',
      'next_observation=slots["observation"]', "test_loop.py::dynamic"),
+    ("statistics take effect at once", "jnp.where(first, new, now), merged", "new, merged", "test_humanoidbench.py::breaks"),
+    ("statistics stop", "return TrainState(learner, merged,", "return TrainState(learner, statistics,",
+     "test_humanoidbench.py::breaks"),
+    ("evaluation noise constant over T", "np.asarray(jax.random.split(action_key, setup.time_limit))",
+     "[np.asarray(action_key)] * setup.time_limit", "test_humanoidbench.py::evaluation"),
+    ("one iteration's contract is checked", "if done < 3:", "if done < 2:", "test_humanoidbench.py::training_checks"),
 ]
 TORCH = [  # with trudi_isaaclab.py
     ("the same minibatch always", "for rows in minibatches:", "for rows in minibatches[:1] * len(minibatches):",
@@ -127,9 +149,29 @@ MANISKILL = [
     ("Adam keeps the moments of warming up", "        x.zero_()\n", "        x.mul_(1)\n", "test_maniskill.py::warming_up"),
     ("wall_time includes compiling", "    warm_up(setup, programs, state.learner)\n    folder", "    folder",
      "test_maniskill.py::wall_time"),
+    ("statistics take effect at once", "statistics = merged if state.iteration == 0 else state.statistics",
+     "statistics = merged", "test_maniskill.py::later_rollouts"),
+    ("statistics stop", "return TrainState(learner, merged,", "return TrainState(learner, state.statistics,",
+     "test_maniskill.py::later_rollouts"),
+    ("two processes simulate the same", "iteration, int(self.evaluation), RANK]", "iteration, int(self.evaluation)]",
+     "test_maniskill.py::seeded_apart"),
+    ("two processes draw the same", "SeedSequence([args.seed, RANK, *numbers])", "SeedSequence([args.seed, *numbers])",
+     "test_maniskill.py::noise_of"),
+    ("success at the end for success", "everywhere(last.success_once)", "everywhere(last.success_at_end)",
+     "test_maniskill.py::success_once"),
+    ("targets are clipped at both ends or not at all", "(target < args.v_min) | (target", "(target < args.v_min) & (target",
+     "test_maniskill.py::what_is_logged"),
+    ("time starts anew", '- float(saved.get("wall_time", 0.0))', "- 0.0", "test_maniskill.py::time_goes"),
+]
+ISAACLAB = [
+    ("statistics take effect at once", "statistics = merged if state.iteration == 0 else state.statistics",
+     "statistics = merged", "test_isaaclab.py::later_rollouts"),
+    ("statistics stop", "return TrainState(learner, merged,", "return TrainState(learner, state.statistics,",
+     "test_isaaclab.py::later_rollouts"),
 ]
 MUTATIONS = [Mutation(script, *rest) for script, lists in {
-    "trudi_mjx": SHARED + MJX, "trudi_humanoidbench": GYM, "trudi_maniskill": TORCH + MANISKILL}.items() for rest in lists]
+    "trudi_mjx": SHARED + MJX, "trudi_humanoidbench": GYM, "trudi_maniskill": TORCH + MANISKILL,
+    "trudi_isaaclab": ISAACLAB}.items() for rest in lists]
 
 
 def copy_project(folder):
