@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from loops import Mjx
-from probes import lively_actor, small_args
+from probes import Counter, lively_actor, setup_for, small_args
 
 import trudi_mjx as trudi
 from benchmark.studies import variants
@@ -46,16 +45,19 @@ def test_other_states_have_other_steps():
 
 
 def test_the_actor_steps_at_every_second_minibatch():
-    loop = Mjx()
+    args = small_args(num_steps=16, num_epochs=2, num_diffusion_steps=2)
+    setup = setup_for(Counter(), args, 5)
+    learner = trudi.init_state(setup, jax.random.PRNGKey(0)).learner
+    column = jnp.zeros((256, 1))
+    chains = jnp.zeros((256, 2, 1))
+    batch = trudi.Batch(column, column, column, trudi.Trajectory(chains, chains), column[:, 0])
     with variants.varied("actor-2"):
-        after, _ = jax.jit(functools.partial(trudi.iterate, loop.setup))(loop.state)
-    args = loop.setup.args
-    minibatches = args.num_epochs * args.batch_size // args.minibatch_size
+        learner, _ = jax.jit(functools.partial(trudi.update_epochs, setup))(learner, batch, jax.random.PRNGKey(1))
+    minibatches = 2 * 256 // args.minibatch_size
 
     def count(state):
         return int(optax.tree_utils.tree_get(state, "count"))
 
-    learner = after.learner
     assert count(learner.critic_opt_state) == minibatches
     assert count(learner.actor_opt_state) == count(learner.dual_opt_state) == minibatches / 2
 
