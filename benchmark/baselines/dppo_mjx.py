@@ -88,7 +88,7 @@ PAPER = dict(  # Tables 4 and 5, the critic's rate and epochs of DPPO's code
     num_eval_envs=128,
     eval_interval=15,
 )
-CPU = dict(  # for two cores, the networks as wide as TruDi's
+CPU = PAPER | dict(  # for two cores, the networks as wide as TruDi's
     total_timesteps=2_000_000,
     num_envs=128,
     num_steps=64,

@@ -84,7 +84,7 @@ PAPER = dict(  # Tables 4 and 5, and of FPO's code 16 epochs of minibatches of s
     num_eval_envs=128,
     eval_interval=15,
 )
-CPU = dict(  # for two cores, the critic as wide as TruDi's
+CPU = PAPER | dict(  # for two cores, the critic as wide as TruDi's
     total_timesteps=2_000_000,
     num_envs=512,
     num_steps=64,

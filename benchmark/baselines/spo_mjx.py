@@ -77,7 +77,7 @@ PAPER = dict(  # Tables 4 and 5, and RSL-RL's 5 epochs of 4 minibatches
     num_eval_envs=128,
     eval_interval=15,
 )
-CPU = dict(  # for two cores, the networks as wide as TruDi's
+CPU = PAPER | dict(  # for two cores, the networks as wide as TruDi's
     total_timesteps=2_000_000,
     num_envs=128,
     num_steps=64,
