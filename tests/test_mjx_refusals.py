@@ -252,7 +252,7 @@ BAD = {
     "--device gpu": "no gpu device",
     "--impl jax --num-devices 3 --num-envs 18 --num-steps 32 --minibatch-size 96 --num-eval-envs 3": "JAX finds 2",
     "--resume nowhere": "no run folder",
-    "--env-id :Point": "not an importable module:Class",
+    "--env-id :Point": "no module on PYTHONPATH or beside trudi_mjx.py",
     "--exp-name " + 250 * "x": "too long for the name of a folder",
     "--env-config ctrl_dt=0": "ctrl_dt=0 must be positive",
     "--env-config sim_dt=0": "sim_dt=0 must be positive",
