@@ -33,8 +33,8 @@ def runner(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cartpole(runner):
-    """A finished run, with videos."""
-    return runner.train(*CARTPOLE, "--capture-video", MUJOCO_GL="egl")
+    """A finished run, with videos of a few pictures, each of which takes as long as twenty steps."""
+    return runner.train(*CARTPOLE, "--capture-video", "--video-length", "4", MUJOCO_GL="egl")
 
 
 def test_command_line(runner, cartpole, tmp_path):
@@ -91,7 +91,7 @@ def test_two_processes_train(tmp_path):
 
 def test_video(cartpole):
     videos = [cartpole / "videos" / f"iteration_{iteration}.mp4" for iteration in (2, 4)]
-    assert all(path.stat().st_size > 5_000 for path in videos)
+    assert all(path.stat().st_size > 1_000 for path in videos)
 
 
 def test_velocity(runner):

@@ -248,7 +248,7 @@ def runner(tmp_path_factory):
 
 def test_video_and_resume_after_a_kill(runner):
     """A run that was killed goes on as it would have."""
-    flags = ["--impl", "mujoco", "--episode-length", "50", "--eval-interval", "40"]
+    flags = ["--impl", "mujoco", "--episode-length", "20", "--eval-interval", "40"]
     straight = runner.train_here(*flags)
     folder, code = runner.interrupt(signal.SIGKILL, *flags)
     assert code == -9
