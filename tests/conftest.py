@@ -1,10 +1,8 @@
 """What every test shares: JAX on two devices of the CPU, its compiled programs, workers of trudi_humanoidbench.py."""
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
@@ -30,16 +28,11 @@ if "XLA_FLAGS" not in os.environ:
 
 
 def pytest_configure(config):
-    """Programs that have been compiled once, by a test or by a process that one starts, are compiled for all."""
+    """Programs that have been compiled once, by a test or by a process that one starts, are compiled for all, and for the
+    next time: they are kept until `--cache-clear`."""
     if COMPILED not in os.environ:
-        os.environ[COMPILED] = config.compiled = tempfile.mkdtemp(prefix="compiled-")
+        os.environ[COMPILED] = str(config.cache.mkdir("compiled"))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-
-
-def pytest_unconfigure(config):
-    if hasattr(config, "compiled"):
-        shutil.rmtree(config.compiled, ignore_errors=True)
-        del os.environ[COMPILED]
 
 
 def pytest_collection_modifyitems(items):
