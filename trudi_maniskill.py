@@ -1605,7 +1605,7 @@ def warm_up(setup: Setup, programs: Programs, learner: Learner) -> None:
 def check_contract(metrics: dict[str, float], done: int) -> None:
     """End a run whose rollout holds other chains than its actor has; Actor says what it must keep.
 
-    In both of its first iterations: while the output layer is 0, an actor ignores every latent.
+    In its first two iterations: while the output layer is 0, an actor ignores every latent.
     """
     kl = metrics["trust_region/initial_kl"]
     if kl > 1e-3:

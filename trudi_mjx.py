@@ -1841,7 +1841,7 @@ def run_evaluation(
 def check_contract(metrics: dict[str, np.ndarray], done: int) -> None:
     """End a run whose rollout holds other chains than its actor has; Actor says what it must keep.
 
-    In both of its first iterations: while the output layer is 0, an actor ignores every latent.
+    In its first two iterations: while the output layer is 0, an actor ignores every latent.
     """
     kl = float(metrics["trust_region/initial_kl"].max())
     if kl > 1e-3:

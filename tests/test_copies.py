@@ -1,7 +1,9 @@
 """What those meet who copy trudi_mjx.py: names, flags, what can go."""
 
 import dataclasses
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,28 @@ def test_runs_of_a_copy_bear_its_name(tmp_path):
     shutil.copy(ROOT / "trudi_mjx.py", tmp_path / "my_method.py")
     assert load(tmp_path / "my_method.py").Args().exp_name == "my_method"
     assert trudi.Args().exp_name == "trudi_mjx"
+
+
+@pytest.mark.parametrize("name", ["trudi_mjx", "trudi_humanoidbench", "trudi_maniskill", "trudi_isaaclab"])
+def test_the_commit_of_a_copy_says_whether_it_holds_it(name, tmp_path, monkeypatch):
+    def git(*words):
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True)
+
+    script = importlib.import_module(name)
+    copy = tmp_path / "my_method.py"
+    copy.write_text("x = 1")
+    monkeypatch.setattr(script, "__file__", str(copy))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert script.git_commit() == ""
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    assert re.fullmatch("[0-9a-f]{40}-untracked", script.git_commit())
+    git("add", copy)
+    git("commit", "-m", "second")
+    assert re.fullmatch("[0-9a-f]{40}", script.git_commit())
+    copy.write_text("x = 2")
+    assert re.fullmatch("[0-9a-f]{40}-dirty", script.git_commit())
 
 
 def test_a_flag_that_a_copy_adds_cannot_change_on_resume(tmp_path, capsys, monkeypatch):
